@@ -1,0 +1,152 @@
+"""Arithmetic on grids: a grid is a tuple of ints, `(H, W)` or `(T, H, W)`, and its length is the number of axes.
+
+Here are the cuts of tensors into patches and tiles, and `Shown`: which tokens of a batch are shown, and where
+their tiles lie. Nothing here has parameters, and nothing here knows how many axes there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, ...]
+
+
+def product(*grids: Sequence[int]) -> Grid:
+    """The axis-wise product of grids: `product((2, 4, 4), (1, 2, 2)) == (2, 8, 8)`."""
+    return tuple(math.prod(numbers) for numbers in zip(*grids, strict=True))
+
+
+def quotient(grid: Sequence[int], by: Sequence[int]) -> Grid:
+    """The axis-wise quotient; both must divide, which builders check before anyone gets here."""
+    assert all(g % d == 0 for g, d in zip(grid, by, strict=True)), (grid, by)
+    return tuple(g // d for g, d in zip(grid, by, strict=True))
+
+
+def cut(x: Tensor, tile: Sequence[int], *, first: int = 1) -> Tensor:
+    """Cut the axes that start at `first` into tiles: `(B, *(g·t), C) -> (B, *g, *t, C)`, a view."""
+    axes = len(tile)
+    shape = x.shape[first : first + axes]
+    for axis in reversed(range(axes)):
+        assert shape[axis] % tile[axis] == 0, (tuple(x.shape), tuple(tile))
+        x = x.unflatten(first + axis, (shape[axis] // tile[axis], tile[axis]))
+    tail = range(first + 2 * axes, x.ndim)
+    outer, inner = range(first, first + 2 * axes, 2), range(first + 1, first + 2 * axes, 2)
+    return x.permute(*range(first), *outer, *inner, *tail)
+
+
+def patches(x: Tensor, patch: Sequence[int]) -> Tensor:
+    """Pixels by patch: `x (B, C, *size) -> (B, L, P, C)`, P = the product of the patch's sides, row-major."""
+    axes = len(patch)
+    tiles = cut(x.movedim(1, -1), patch)
+    return tiles.flatten(1 + axes, 2 * axes).flatten(1, axes)
+
+
+def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """The inverse of `patches`: `(B, L, P, C) -> (B, C, *size)` with `size = grid · patch`."""
+    axes = len(patch)
+    x = patches.unflatten(2, tuple(patch)).unflatten(1, tuple(grid))
+    order = [
+        axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair
+    ]
+    x = x.permute(0, 1 + 2 * axes, *order)
+    for axis in range(axes):
+        x = x.flatten(2 + axis, 3 + axis)
+    return x
+
+
+class Shown:
+    """The shown tokens of a batch, and the tiles that they cover in finer maps.
+
+    A map of any stage is kept as tiles: `(B, V, *tile, C)`, V shown tokens, each with its tile of cells. Where
+    nothing is masked the whole map is one tile, `(B, 1, *cells, C)`, so that dense is not a second code path.
+
+    Args:
+        grid: the token grid of the last stage.
+        mask: boolean `(B, *grid)`, True = hidden, with equally many hidden tokens in every sample; None shows all.
+
+    Raises:
+        ValueError: the mask is not boolean, is not on the grid, or hides unequal counts.
+    """
+
+    def __init__(
+        self, grid: Sequence[int], mask: Tensor | None = None, *, device: torch.device | None = None
+    ):
+        self.grid = tuple(grid)
+        self.index: Tensor | None = None
+        self._neighbours: dict[tuple[Grid, Grid], Tensor] = {}
+        if mask is not None:
+            self.index = shown_tokens(mask, self.grid).to(device or mask.device, non_blocking=True)
+
+    def take(self, volume: Tensor) -> Tensor:
+        """The shown tokens' tiles of a map: `(B or 1, *cells, C) -> (B, V, *tile, C)`.
+
+        Reads nothing of the hidden ones, so neither their values nor their gradients exist for what follows.
+        """
+        if self.index is None:
+            return volume.unsqueeze(1)
+        tile = quotient(volume.shape[1:-1], self.grid)
+        batch = torch.arange(self.index.shape[0], device=volume.device) % volume.shape[0]
+        return cut(volume, tile)[batch[:, None], *self._coordinates()]
+
+    def neighbours(self, tile: Grid, kernel: Grid) -> Tensor | None:
+        """Where the cells under a kernel lie, for every shown tile; None where nothing is masked.
+
+        A tile with its halo has `tile + kernel - 1` cells an axis. The table gives for each of them its row in
+        the flattened shown cells `(B·V·tile, C)`, or the row past the last for cells that are hidden or outside.
+        Shape: `(*halo[:-2], B·V, *halo[-2:])`; leading axes first, so that each temporal tap is contiguous.
+        """
+        if self.index is None:
+            return None
+        if (tile, kernel) not in self._neighbours:
+            self._neighbours[tile, kernel] = self._find_neighbours(self.index, tile, kernel)
+        return self._neighbours[tile, kernel]
+
+    def _coordinates(self) -> tuple[Tensor, ...]:
+        assert self.index is not None
+        return torch.unravel_index(self.index, self.grid)
+
+    def _find_neighbours(self, index: Tensor, tile: Grid, kernel: Grid) -> Tensor:
+        samples, shown = index.shape
+        axes, device = len(tile), index.device
+        reach = [-(-(k // 2) // t) for k, t in zip(kernel, tile, strict=True)]
+        # rank (B, *grid + margins): the position of a token among the shown ones, -1 = hidden or outside
+        rank = index.new_full((samples, *(g + 2 * r for g, r in zip(self.grid, reach, strict=True))), -1)
+        batch = torch.arange(samples, device=device)[:, None]
+        at = [c + r for c, r in zip(self._coordinates(), reach, strict=True)]
+        rank[batch, *at] = torch.arange(samples * shown, device=device).view(samples, shown)
+
+        # of every halo position, axis by axis: how many tiles away its tile is, and its place in that tile
+        halo = [torch.arange(t + k - 1, device=device) - k // 2 for t, k in zip(tile, kernel, strict=True)]
+        spread = [position.view(-1, *[1] * (axes - 1 - axis)) for axis, position in enumerate(halo)]
+        place = torch.zeros((), dtype=torch.long, device=device)
+        for position, side in zip(spread, tile, strict=True):
+            place = place * side + position % side
+        where = [
+            coordinate.view(samples, shown, *[1] * axes) + position.div(side, rounding_mode="floor")
+            for coordinate, position, side in zip(at, spread, tile, strict=True)
+        ]
+        owner = rank[batch.view(samples, *[1] * (axes + 1)), *where]
+        cells = math.prod(tile)
+        table = torch.where(owner >= 0, owner * cells + place, samples * shown * cells).flatten(0, 1)
+        return table.movedim(0, axes - 2).contiguous()
+
+
+def shown_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:
+    """The row-major indices of the shown tokens, ascending: `mask (B, *grid) -> (B, V)`.
+
+    Raises:
+        ValueError: the mask is not boolean, is not on the grid, or hides unequal counts.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 1 + len(grid) or tuple(mask.shape[1:]) != tuple(grid):
+        raise ValueError(
+            f"mask must be boolean of shape (B, {', '.join(map(str, grid))}), True = hidden; "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    counts = (~mask).flatten(1).sum(1)
+    if len(counts) and not bool((counts == counts[0]).all()):
+        raise ValueError(f"every sample must show equally many tokens; this mask shows {counts.tolist()}")
+    return (~mask).flatten(1).nonzero()[:, 1].view(mask.shape[0], -1)

@@ -1,0 +1,209 @@
+"""Images from a folder: what is listed, how one is loaded, and how it is cropped.
+
+`listing` and the `Crop` protocol also serve folders of videos.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from convmae.data import UNLABELLED, Sample, UnusableFileError
+
+IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+
+
+class Listing(NamedTuple):
+    """The files of a folder: paths relative to it in sorted order, the class of each, and the classes' names."""
+
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+def listing(root: Path, suffixes: Set[str]) -> Listing:
+    """List the files below `root` whose suffix, in any case, is one of `suffixes`; nothing is opened.
+
+    A file's class is the subfolder of `root` that it is in, at whatever depth; subfolders are numbered in sorted
+    order, those without such files left out. Files directly in `root` are `UNLABELLED`. Links are followed,
+    hidden names are skipped. A link that leads nowhere is listed, so that loading reports it.
+
+    Raises ValueError where `root` is not a folder or holds no such file.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"root={str(root)!r} is not a folder")
+    files = tuple(_walk(str(root), "", suffixes, ()))
+    if not files:
+        raise ValueError(f"root={str(root)!r} holds no file ending in {' '.join(sorted(suffixes))}")
+    folders = [file.partition(os.sep)[0] if os.sep in file else None for file in files]
+    classes = tuple(sorted({folder for folder in folders if folder is not None}))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = tuple(UNLABELLED if folder is None else number[folder] for folder in folders)
+    return Listing(files, labels, classes)
+
+
+def _walk(folder: str, inside: str, suffixes: Set[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link back to a folder that we are in
+        return
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{inside}{entry.name}{os.sep}", suffixes, (*above, here))
+        elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            yield inside + entry.name
+
+
+class Crop(Protocol):
+    """Cuts a random part out of an image, or the same part out of every frame of a clip, and resizes it."""
+
+    def __call__(self, pixels: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`."""
+        ...
+
+    def short_side(self, size: tuple[int, int]) -> int:
+        """The input's short side, in pixels, from which on a larger input would only be resized down."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """A part of random area and aspect, resized bicubically (Inception; MAE appendix A.1 has area 0.2 to 1)."""
+
+    area: tuple[float, float] = (0.2, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, pixels: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`."""
+        top, left, height, width = self._box(pixels.shape[-2], pixels.shape[-1], generator)
+        part = pixels[..., top : top + height, left : left + width]
+        return F.resize(part, list(size), interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+
+    def short_side(self, size: tuple[int, int]) -> int:
+        """The input's short side, in pixels, from which on a larger input would only be resized down."""
+        return math.ceil(max(size) / math.sqrt(self.area[0]))
+
+    def _box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+        """Draw as torchvision does: ten trials, then the central part with the nearest aspect allowed."""
+        low, high = self.aspect
+        for _ in range(10):
+            u, v = torch.rand(2, generator=generator).tolist()
+            area = height * width * (self.area[0] + u * (self.area[1] - self.area[0]))
+            aspect = math.exp(math.log(low) + v * (math.log(high) - math.log(low)))
+            h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < h <= height and 0 < w <= width:
+                return (*(_below(n, generator) for n in (height - h + 1, width - w + 1)), h, w)
+        h, w = min(height, round(width / low)), min(width, round(height * high))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _below(number: int, generator: torch.Generator) -> int:
+    return int(torch.randint(number, (), generator=generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """Images below `root`; its subfolders, if any, are the classes (as in torchvision's ImageFolder)."""
+
+    root: Path
+    crop: Crop = RandomResizedCrop()
+    flip: bool = True
+    """Mirror left and right with probability 1/2."""
+
+    def open(self, size: tuple[int, ...]) -> ImageSamples:
+        """List the images, to be loaded at `size`, `(H, W)` pixels.
+
+        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image.
+        """
+        if len(size) != 2:
+            raise ValueError(f"ImageFolder loads (H, W) pixels, but the model's input is {size}")
+        return ImageSamples(source=self, size=size, listing=listing(self.root, IMAGE_SUFFIXES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSamples:
+    """The images of an opened `ImageFolder`."""
+
+    source: ImageFolder
+    size: tuple[int, int]
+    listing: Listing
+
+    def __len__(self) -> int:
+        return len(self.listing.files)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} images of {self.size} in {str(self.source.root)!r}"
+
+    def name(self, index: int) -> str:
+        """The path of an image."""
+        return os.path.join(self.source.root, self.listing.files[index])
+
+    def load(self, index: int, generator: torch.Generator) -> Sample:
+        """Load one image, cropped and flipped at random, uint8 `(3, H, W)`.
+
+        Raises `UnusableFileError` for a file that is not a whole image.
+        """
+        pixels = self.source.crop(read(self.name(index)), self.size, generator)
+        if self.source.flip and _below(2, generator):
+            pixels = pixels.flip(-1)
+        return Sample(pixels.contiguous(), self.listing.labels[index])
+
+
+def read(path: str | Path) -> Tensor:
+    """Read an image as RGB pixels uint8 `(3, h, w)`, turned upright as its EXIF data say.
+
+    Grey, palette and CMYK images become RGB; what is transparent becomes white.
+
+    Raises `UnusableFileError` for a file that is missing, empty, cut short, damaged, not an image, or larger
+    than Pillow's limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image)
+                pixels = np.array(_rgb(upright))
+    # One file's trouble must not end a run, and decoders raise almost anything on damaged data.
+    except Exception as error:
+        raise UnusableFileError(str(path), _reason(path, error)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "empty file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or its header is damaged"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "more pixels than PIL.Image.MAX_IMAGE_PIXELS allows"
+    if "truncated" in str(error):
+        return "cut short: the image data end before the image does"
+    return f"damaged or unreadable ({type(error).__name__}: {' '.join(str(error).split())})"

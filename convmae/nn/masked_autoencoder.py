@@ -1,0 +1,136 @@
+"""The masked autoencoder: a trunk that sees what is shown, and a decoder that predicts what is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grids import Grid, Shown, assemble, patches
+from ..masking import Masking
+from ..targets import Target
+from .layers import ATTENTION_EPS, AttentionBlock, PatchConvolution
+from .positions import sincos
+from .trunk import Trunk
+
+
+class Decoder(nn.Module):
+    """Mask tokens in the hidden places, positions, transformer blocks, LayerNorm, Linear (MAE, section 3)."""
+
+    def __init__(
+        self, width: int, dim: int, *, depth: int, heads: int, mlp_ratio: float, grid: Grid, values: int
+    ):
+        super().__init__()
+        self.embedding = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(sincos(grid, dim), requires_grad=False)  # (*grid, D)
+        self.blocks = nn.ModuleList([AttentionBlock(dim, heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=ATTENTION_EPS)
+        self.head = nn.Linear(dim, values)
+
+    def forward(self, latent: Tensor, shown: Shown, class_token: Tensor | None = None) -> Tensor:
+        """`latent (B, V, D)`, class_token `(B, 1, D)` or None `-> (B, L, values)`: a prediction for every token."""
+        table = self.positions.flatten(0, -2)
+        tokens = self.embedding(latent)
+        if shown.index is not None:
+            places = shown.index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+            base = self.mask_token.to(tokens.dtype).expand(len(tokens), len(table), -1)
+            tokens = base.scatter(1, places, tokens)
+        tokens = tokens + table
+        if class_token is not None:
+            tokens = torch.cat([self.embedding(class_token), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        if class_token is not None:
+            tokens = tokens[:, 1:]
+        out: Tensor = self.head(self.norm(tokens))
+        return out
+
+
+class MaskedAutoencoder(nn.Module):
+    """Trunk, multi-scale fusion, decoder and loss.
+
+    With fusion, every earlier stage's map is brought to the last stage's width and grid by a convolution whose
+    kernel is its stride, and added to the last stage's output before the norm (ConvMAE, section 3.3).
+    """
+
+    builder: Any = None
+    """The builder that made it, if one did: what a checkpoint keeps to build it again."""
+
+    def __init__(
+        self, trunk: Trunk, decoder: Decoder, *, masking: Masking, target: Target, fusion: bool
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.decoder = decoder
+        self.masking = masking
+        self.target = target
+        earlier: Sequence[int] = range(len(trunk.dims) - 1) if fusion else ()
+        self.fusion = nn.ModuleList(
+            [PatchConvolution(trunk.dims[stage], trunk.dims[-1], trunk.tile(stage)) for stage in earlier]
+        )
+        self.norm = nn.LayerNorm(trunk.dims[-1], eps=ATTENTION_EPS)
+
+    def draw_masks(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Masks as this model's masking draws them: boolean `(batch, *grid)` on the CPU, True = hidden."""
+        return self.masking(batch, self.trunk.grid, generator)
+
+    def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
+        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and the class token's `(B, 1, D)` if any."""
+        maps, class_token = self.trunk(x, shown)
+        latent = maps[-1]
+        for convolution, finer in zip(self.fusion, maps, strict=False):
+            latent = latent + convolution(finer)
+        return self.norm(latent.flatten(1, -2)), None if class_token is None else self.norm(class_token)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Hide, encode, decode, compare.
+
+        Args:
+            x: `(B, C, *size)`, ImageNet-normalised floats.
+            mask: boolean `(B, *grid)`, True = hidden; drawn by the model's masking when not given.
+
+        Returns:
+            `loss`: scalar, float32: squared error, mean over a patch's values, mean over hidden patches;
+            `prediction`: `(B, L, values)`; `mask`: `(B, *grid)`, on the device of x.
+
+        Raises:
+            ValueError: x or the mask has another shape than the model's, or the mask's counts differ by sample.
+        """
+        if mask is None:
+            mask = self.draw_masks(len(x))
+        if len(mask) != len(x):
+            raise ValueError(f"mask is for {len(mask)} samples, the input has {len(x)}")
+        latent, class_token = self.encode(x, shown := self.trunk.shown(mask, device=x.device))
+        prediction = self.decoder(latent, shown, class_token)
+        mask = mask.to(x.device, non_blocking=True)
+        return {"loss": self.loss(x, prediction, mask), "prediction": prediction, "mask": mask}
+
+    def loss(self, x: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """The mean over hidden patches of the mean squared error in a patch, in float32 or better: scalar."""
+        precision = torch.promote_types(x.dtype, torch.float32)
+        target = self.target(patches(x.to(precision), self.trunk.stride))
+        error = (prediction.to(precision) - target).square().mean(-1)
+        hidden = mask.flatten(1)
+        return torch.where(hidden, error, 0).sum() / hidden.sum()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """Pixels `(B, C, *size)`: the input where shown, the prediction where hidden, ImageNet-normalised.
+
+        A normalised target is undone with the mean and variance of the input's own patches.
+
+        Raises:
+            ValueError: the model's target has no `invert`.
+        """
+        if not hasattr(self.target, "invert"):
+            raise ValueError(
+                f"{self.target!r} has no invert(values, patches): its predictions are not pixels"
+            )
+        x = x.float()
+        original = patches(x, self.trunk.stride)
+        predicted = self.target.invert(prediction.float(), original)
+        mixed = torch.where(mask.flatten(1)[:, :, None, None], predicted, original)
+        return assemble(mixed, self.trunk.grid, self.trunk.stride)

@@ -1,0 +1,203 @@
+"""The authors' ConvMAE checkpoints, by their parameter names: pretraining models and ConvViT classifiers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .builders import AttentionStage, Classifier, ConvMAE, ConvStage
+from .checkpoint import load_weights
+from .nn.classifier import Classifier as ClassifierModule
+from .nn.masked_autoencoder import MaskedAutoencoder
+
+_log = logging.getLogger(__name__)
+
+KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Heads of the last stage by its width, in the published sizes."""
+
+_PREFIXES = ("module.", "_orig_mod.")
+_OPTIONAL = ("decoder.mask_token", "fusion.")  # not in the authors' first release
+
+
+def load(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    decoder_heads: int = 16,
+    pooling: str | None = None,
+) -> MaskedAutoencoder | ClassifierModule:
+    """The model of an authors' checkpoint, with its weights; every size is inferred from shapes.
+
+    A file with a classification head gives a classifier, any other a masked autoencoder. Without the multi-scale
+    convolutions in the file (the first release left them out) the model is built without fusion.
+
+    Args:
+        source: a file, or a state dict; `model`, `state_dict` or `module` inside it are found, and the prefixes
+            `module.` and `_orig_mod.` dropped.
+        heads: attention heads of the last stage, which no shape tells; known for widths 384, 768, 1024, 1280.
+        decoder_heads: attention heads of the decoder.
+        pooling: of a classifier, "mean" (`fc_norm` in the file) or "token" (`norm`); needed only where both are there.
+
+    Raises:
+        ValueError: the names are not ConvMAE's, a tensor is missing or does not fit, or the heads cannot be told.
+        FileNotFoundError: there is no such file.
+    """
+    state = _strip(_read(source))
+    if "patch_embed1.proj.weight" not in state:
+        raise ValueError(
+            "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with "
+            + ", ".join(list(state)[:5])
+        )
+    if "cls_token" in state:
+        raise ValueError(
+            "this checkpoint has a class token (ConvMAE v2), which this loader does not read yet"
+        )
+    backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
+    builder: ConvMAE | Classifier = backbone
+    if "head.weight" in state:
+        pooling = pooling or ("mean" if "fc_norm.weight" in state else "token")
+        builder = backbone.classifier(len(state["head.weight"]), pooling=pooling)  # type: ignore[arg-type]
+        state = {name: tensor for name, tensor in state.items() if name.split(".")[0] != _other_norm(pooling)}
+    with torch.random.fork_rng(devices=[]):
+        model = builder.build()
+    _fill(model, state, stages=len(backbone.trunk))
+    return model.eval()
+
+
+def _other_norm(pooling: str) -> str:
+    return "norm" if pooling == "mean" else "fc_norm"
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    content = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _strip(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    for key in ("model", "state_dict", "module"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state: dict[str, Tensor] = {}
+    for name, tensor in content.items():
+        while name.startswith(_PREFIXES):
+            name = name.split(".", 1)[1]
+        if isinstance(tensor, Tensor):
+            state[name] = tensor
+    return state
+
+
+def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int) -> ConvMAE:
+    """The builder whose shapes these are."""
+    count = _count(state, r"patch_embed(\d+)\.proj\.weight")
+    trunk: list[ConvStage | AttentionStage] = []
+    for number in range(1, count + 1):
+        embedding = state[f"patch_embed{number}.proj.weight"]
+        dim, stride = len(embedding), tuple(embedding.shape[2:])
+        depth = _count(state, rf"blocks{number}\.(\d+)\.norm1\.weight")
+        mlp_ratio = len(state[f"blocks{number}.0.mlp.fc1.weight"]) / dim
+        depthwise = state.get(f"blocks{number}.0.attn.weight")
+        if depthwise is not None:
+            kernel = tuple(depthwise.shape[2:])
+            trunk.append(ConvStage(dim=dim, depth=depth, stride=stride, kernel=kernel, mlp_ratio=mlp_ratio))
+            continue
+        own_heads = heads or KNOWN_HEADS.get(dim)
+        if own_heads is None:
+            raise ValueError(f"no shape tells the heads of a stage {dim} wide: give heads=...")
+        trunk.append(
+            AttentionStage(dim=dim, depth=depth, stride=stride, heads=own_heads, mlp_ratio=mlp_ratio)
+        )
+    builder = ConvMAE().stages(*trunk)
+    side = math.isqrt(state["pos_embed"].shape[1])
+    if side * side != state["pos_embed"].shape[1]:
+        raise ValueError(f"pos_embed has {state['pos_embed'].shape[1]} positions, not a square grid")
+    builder = builder.input(tuple(side * stride for stride in builder.stride)).fuse(
+        "stage1_output_decode.weight" in state
+    )
+    if "decoder_embed.weight" in state:
+        dim = len(state["decoder_embed.weight"])
+        builder = builder.decode(
+            dim=dim,
+            depth=_count(state, r"decoder_blocks\.(\d+)\.norm1\.weight"),
+            heads=decoder_heads,
+            mlp_ratio=len(state["decoder_blocks.0.mlp.fc1.weight"]) / dim,
+        )
+    return builder
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    count = sum(re.fullmatch(pattern, name) is not None for name in state)
+    if not count:
+        raise ValueError(f"not a ConvMAE checkpoint: it has no tensor named like {pattern}")
+    return count
+
+
+def _names(stages: int) -> list[tuple[str, str | Callable[[re.Match[str]], str]]]:
+    """The authors' names to ours, as substitutions tried in order."""
+
+    def stage(match: re.Match[str]) -> str:
+        return f"trunk.stages.{int(match[1]) - 1}."
+
+    return [
+        (rf"^patch_embed{stages + 1}\.", f"trunk.stages.{stages - 1}.linear."),
+        (r"^patch_embed(\d+)\.(?=proj)", stage),
+        (r"^patch_embed(\d+)\.(?=norm)", stage),
+        (r"^pos_embed$", f"trunk.stages.{stages - 1}.positions"),
+        (r"^blocks(\d+)\.", lambda match: f"{stage(match)}blocks."),
+        (r"^stage(\d+)_output_decode\.", lambda match: f"fusion.{int(match[1]) - 1}."),
+        (r"^fc_norm\.", "norm."),
+        (r"^mask_token$", "decoder.mask_token"),
+        (r"^decoder_embed\.", "decoder.embedding."),
+        (r"^decoder_pos_embed$", "decoder.positions"),
+        (r"^decoder_blocks\.", "decoder.blocks."),
+        (r"^decoder_norm\.", "decoder.norm."),
+        (r"^decoder_pred\.", "decoder.head."),
+        (r"(?<=\d\.)proj\.(?=(weight|bias)$)", "embedding."),
+        (r"\.conv1\.", ".into."),
+        (r"\.conv2\.", ".out."),
+        (r"\.attn\.qkv\.", ".attention.qkv."),
+        (r"\.attn\.proj\.", ".attention.out."),
+        (r"\.attn\.", ".depthwise."),
+        (r"\.mlp\.fc1\.", ".mlp.0."),
+        (r"\.mlp\.fc2\.", ".mlp.2."),
+    ]
+
+
+def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tensor], *, stages: int) -> None:
+    own = model.state_dict()
+    renamed: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    for official, tensor in state.items():
+        name = official
+        for pattern, ours in _names(stages):
+            name = re.sub(pattern, ours, name)
+        if name not in own:
+            unexpected.append(official)
+            continue
+        same_count = tensor.numel() == own[name].numel()  # 1x1 convolutions, and positions as a list
+        renamed[name] = tensor.view(own[name].shape) if same_count else tensor
+    missing = [name for name in own if name not in renamed]
+    _log.info("used %d tensors of %d in the file", len(renamed), len(state))
+    if missing:
+        _log.warning("missing, left as initialised: %s", ", ".join(missing))
+    if unexpected:
+        _log.warning("unexpected, not used: %s", ", ".join(unexpected))
+    needed = [name for name in missing if not name.startswith(_OPTIONAL)]
+    if any(name.startswith("trunk.") or not name.startswith("decoder.") for name in needed):
+        raise ValueError(
+            f"a poor match: the file lacks {', '.join(needed)}; it has {', '.join(unexpected) or 'no others'}"
+        )
+    load_weights(model, {**{name: own[name] for name in missing}, **renamed})
