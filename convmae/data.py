@@ -61,7 +61,10 @@ class Samples(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where samples are. A frozen dataclass, so that a run prints, compares and pickles."""
+    """Where samples are. A frozen dataclass, so that a run prints, compares and pickles.
+
+    A source with a field `root` can be pointed elsewhere: `--data` and `$CONVMAE_DATA` replace it.
+    """
 
     def open(self, size: tuple[int, ...]) -> Samples:
         """List the samples, to be loaded at `size`, `(H, W)` or `(T, H, W)` pixels.
@@ -69,3 +72,138 @@ class Source(Protocol):
         Raises ValueError where the location does not exist or holds nothing usable.
         """
         ...
+
+
+class Batch(NamedTuple):
+    """What the loader gives: n usable samples, and those that were not.
+
+    pixels uint8 `(n, 3, *size)`; labels `(n)`; mask boolean `(n, *grid)`, or None where none is drawn; skipped: the
+    errors of samples that could not be loaded. n can be 0: then pixels and mask are empty in their first axis.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    skipped: list[UnusableFileError]
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator whose numbers follow from the key alone; different keys give independent numbers."""
+    high, low = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(high ^ low) & (2**63 - 1))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The samples of a run in order: sample n is sample `n mod len` of epoch `n // len`, shuffled anew each epoch.
+
+    Args:
+        samples: the opened source.
+        size: of the input in pixels, `(H, W)` or `(T, H, W)`.
+        seed: of the run.
+        batch_size: samples of a step over all processes.
+        rank, world: this process and how many share a step; every step's samples are dealt out to them in turn.
+        micro_batch: the most samples a process takes at once; None = its whole share of a step.
+        draw_mask: draws one mask `(1, *grid)` from a generator; None draws none.
+    """
+
+    samples: Samples
+    size: tuple[int, ...]
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    micro_batch: int | None = None
+    draw_mask: Callable[[torch.Generator], Tensor] | None = None
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps in so many passes over the samples, at least one."""
+        return max(1, round(epochs * len(self.samples) / self.batch_size))
+
+    def share(self, step: int) -> list[list[int]]:
+        """The sample numbers this process takes in a step, by micro-batch; one empty list where it gets none."""
+        first = step * self.batch_size
+        own = list(range(first + self.rank, first + self.batch_size, self.world))
+        size = self.micro_batch or max(1, len(own))
+        return [own[at : at + size] for at in range(0, len(own), size)] or [[]]
+
+    def batches(
+        self, start: int, stop: int, *, workers: int, pin_memory: bool = False
+    ) -> Iterator[list[Batch]]:
+        """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one)."""
+        loader: DataLoader[Any] = DataLoader(
+            _Numbered(self),
+            batch_sampler=_Numbers(self, start, stop),
+            num_workers=workers,
+            collate_fn=_Collate(self),
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_parent if workers else None,
+            persistent_workers=False,
+        )
+        arriving = iter(loader)
+        for step in range(start, stop):
+            yield [next(arriving) for _ in self.share(step)]
+
+
+class _Numbers(Sampler[list[tuple[int, int]]]):
+    """(sample number, index into the samples) for every micro-batch, from a step to a step."""
+
+    def __init__(self, stream: Stream, start: int, stop: int) -> None:
+        self.stream, self.start, self.stop = stream, start, stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        length, order, shuffled = len(self.stream.samples), torch.empty(0), -1
+        for step in range(self.start, self.stop):
+            for numbers in self.stream.share(step):
+                pairs = []
+                for number in numbers:
+                    epoch, place = divmod(number, length)
+                    if epoch != shuffled:
+                        order, shuffled = (
+                            torch.randperm(length, generator=generator(self.stream.seed, 0, epoch)),
+                            epoch,
+                        )
+                    pairs.append((number, int(order[place])))
+                yield pairs
+
+
+class _Numbered(Dataset[Any]):
+    """Loads sample `index` with the randomness of sample `number`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Sample, Tensor | None] | UnusableFileError:
+        number, index = pair
+        random = generator(self.stream.seed, 1, number)
+        mask = None if self.stream.draw_mask is None else self.stream.draw_mask(random)
+        try:
+            return self.stream.samples.load(index, random), mask
+        except UnusableFileError as problem:
+            return problem
+
+
+class _Collate:
+    """Stacks what could be loaded, and keeps apart what could not."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __call__(self, loaded: list[tuple[Sample, Tensor | None] | UnusableFileError]) -> Batch:
+        skipped = [item for item in loaded if isinstance(item, UnusableFileError)]
+        usable = [item for item in loaded if not isinstance(item, UnusableFileError)]
+        pixels = [sample.pixels for sample, _ in usable]
+        masks = [mask for _, mask in usable if mask is not None]
+        if usable:
+            stacked, mask = torch.stack(pixels), torch.cat(masks) if masks else None
+        else:
+            stacked = torch.empty(0, 3, *self.stream.size, dtype=torch.uint8)
+            drawn = None if self.stream.draw_mask is None else self.stream.draw_mask(generator(0))
+            mask = None if drawn is None else drawn[:0]
+        return Batch(stacked, torch.tensor([sample.label for sample, _ in usable]), mask, skipped)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and the cluster's signals reach every process of the group; the parent decides, workers go on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

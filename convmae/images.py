@@ -16,16 +16,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from convmae.data import UNLABELLED, Sample, UnusableFileError
 
-IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 
 class Listing(NamedTuple):
-    """The files of a folder: paths relative to it in sorted order, the class of each, and the classes' names."""
+    """The files of a folder: paths relative to it, in sorted order; the class of each; the classes' names."""
 
     files: tuple[str, ...]
     labels: tuple[int, ...]
@@ -35,9 +35,9 @@ class Listing(NamedTuple):
 def listing(root: Path, suffixes: Set[str]) -> Listing:
     """List the files below `root` whose suffix, in any case, is one of `suffixes`; nothing is opened.
 
-    A file's class is the subfolder of `root` that it is in, at whatever depth; subfolders are numbered in sorted
-    order, those without such files left out. Files directly in `root` are `UNLABELLED`. Links are followed,
-    hidden names are skipped. A link that leads nowhere is listed, so that loading reports it.
+    A file's class is the subfolder of `root` that it is in, at whatever depth; subfolders are numbered in
+    sorted order, those without such files left out. Files directly in `root` are `UNLABELLED`. Links are
+    followed, hidden names are skipped. A link that leads nowhere is listed, so that loading reports it.
 
     Raises ValueError where `root` is not a folder or holds no such file.
     """
@@ -84,7 +84,7 @@ class Crop(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """A part of random area and aspect, resized bicubically (Inception; MAE appendix A.1 has area 0.2 to 1)."""
+    """A part of random area and aspect, resized bicubically (Inception's; MAE pretrains on areas .2 to 1)."""
 
     area: tuple[float, float] = (0.2, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -93,7 +93,8 @@ class RandomResizedCrop:
         """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`."""
         top, left, height, width = self._box(pixels.shape[-2], pixels.shape[-1], generator)
         part = pixels[..., top : top + height, left : left + width]
-        return F.resize(part, list(size), interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+        resized: Tensor = F.resize(part, list(size), interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+        return resized
 
     def short_side(self, size: tuple[int, int]) -> int:
         """The input's short side, in pixels, from which on a larger input would only be resized down."""
@@ -108,7 +109,7 @@ class RandomResizedCrop:
             aspect = math.exp(math.log(low) + v * (math.log(high) - math.log(low)))
             h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
             if 0 < h <= height and 0 < w <= width:
-                return (*(_below(n, generator) for n in (height - h + 1, width - w + 1)), h, w)
+                return _below(height - h + 1, generator), _below(width - w + 1, generator), h, w
         h, w = min(height, round(width / low)), min(width, round(height * high))
         return (height - h) // 2, (width - w) // 2, h, w
 
@@ -200,7 +201,7 @@ def _reason(path: str | Path, error: Exception) -> str:
         return "no such file"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "empty file"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "more pixels than PIL.Image.MAX_IMAGE_PIXELS allows"

@@ -1,6 +1,6 @@
 """What a run draws: original, masked and reconstruction side by side, and its loss curve.
 
-Nothing here knows how many axes a model has: an image is a clip of one frame, and only more frames are animated.
+Nothing here knows how many axes a model has: an image is a clip of one frame, and more frames are animated.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ from convmae.targets import unit_range
 
 VERSIONS = ("original", "masked", "reconstruction")
 
-# Legible on a light and on a dark page alike: pictures bring a dark ground, curves are transparent with mid tones.
+# Legible on light and dark pages alike: pictures bring a dark ground, curves are mid tones on none.
 _GROUND, _INK, _ACCENT, _GREY, _SEAM = (22, 24, 29), (178, 184, 194), (66, 135, 245), (112,) * 3, (126,) * 3
-_GUTTER, _CLIP_GAP, _MARGIN, _LABEL = 4, 14, 12, 13
-_SMALLEST, _WIDEST = (
-    128,
-    1200,
-)  # the sides, in pixels, that cells are enlarged to and all columns are shrunk to
+_BLUE, _ORANGE, _QUIET = "#4287f5", "#e08a3c", "#808790"
+_GUTTER, _CLIP_GAP, _MARGIN = 4, 14, 12
+_SMALLEST, _WIDEST = 128, 1200  # pixels: a cell's side is enlarged to the one, a row shrunk to the other
 _STRIP_FRAMES, _FRAME_MS, _GIF_BYTES = 5, 120, 700_000
 
 
 def save(stem: Path, x: Tensor, mask: Tensor, reconstruction: Tensor, *, rows: int = 3) -> list[Path]:
     """Draw the first samples of a batch: `stem.png`, and for clips of several frames also `stem.gif`.
 
-    An image is a row of original, masked and reconstruction. A clip is three rows in the PNG, for a few frames
-    spread over it; and one row in the GIF, with all its frames.
+    An image is a row of original, masked and reconstruction. A clip is three rows in the PNG, of a few frames
+    spread over it; and one such row in the GIF, with all its frames.
 
     Args:
         stem: where to write, without a suffix; its folder is made.
@@ -70,7 +68,7 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def hide(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Paint hidden patches grey, with faint seams between them: uint8 `(B, 3, *size)`, `(B, *grid)` -> same shape.
+    """Paint hidden patches grey, with faint seams: pixels `(B, 3, *size)` uint8, mask `(B, *grid)` -> pixels.
 
     The grid need not divide the size: a pixel belongs to the patch that its corner falls into.
     """
@@ -90,36 +88,40 @@ def curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw loss and learning rate over steps, on a transparent ground.
 
     Args:
-        metrics: in the order logged, with "step", "loss" and perhaps "learning_rate". Of a step logged twice (by a
-            run that was resumed) the later counts; lines without a finite loss are passed over.
+        metrics: in the order logged, with "step", "loss" and perhaps "learning_rate"; see `series`.
         path: where to write; its suffix names the format (png, svg, pdf).
     """
     from matplotlib.figure import Figure  # costs half a second: only for those who draw
+    from matplotlib.ticker import MaxNLocator
 
     steps, loss, rate = series(metrics, "loss", "learning_rate")
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     thin = slice(None, None, -(-len(steps) // 2000) or 1)
     smooth = smoothed(loss)
-    upper.plot(steps[thin], loss[thin], color="#4287f5", alpha=0.3, linewidth=0.8)
-    upper.plot(steps[thin], smooth[thin], color="#4287f5", linewidth=1.8)
-    lower.plot(steps[thin], rate[thin], color="#e08a3c", linewidth=1.5)
+    upper.plot(steps[thin], loss[thin], color=_BLUE, alpha=0.3, linewidth=0.8)
+    upper.plot(steps[thin], smooth[thin], color=_BLUE, linewidth=1.8)
+    lower.plot(steps[thin], rate[thin], color=_ORANGE, linewidth=1.5)
     if len(steps):
-        upper.plot(steps[-1:], smooth[-1:], "o", color="#4287f5", markersize=5)
+        upper.plot(steps[-1:], smooth[-1:], "o", color=_BLUE, markersize=5)
+        lower.plot(steps[-1:], rate[-1:], "o", color=_ORANGE, markersize=3)
         label = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        upper.annotate(f"{smooth[-1]:.4g}", (steps[-1], smooth[-1]), color="#4287f5", weight="bold", **label)
+        upper.annotate(f"{smooth[-1]:.4g}", (steps[-1], smooth[-1]), color=_BLUE, weight="bold", **label)
         if loss.min() > 0 and smooth.max() > 20 * smooth.min():
             upper.set_yscale("log")
     else:
-        upper.text(0.5, 0.5, "no step yet", transform=upper.transAxes, ha="center", color="#808790")
+        upper.text(0.5, 0.5, "no step yet", transform=upper.transAxes, ha="center", color=_QUIET)
     for axes, title in ((upper, "loss"), (lower, "learning rate")):
         axes.set_facecolor("none")
-        axes.set_title(title, loc="left", fontsize=10, color="#808790")
-        axes.tick_params(colors="#808790", labelsize=9, length=0, which="both")
-        axes.grid(color="#808790", alpha=0.2, linewidth=0.6)
+        axes.set_title(title, loc="left", fontsize=10, color=_QUIET)
+        axes.tick_params(colors=_QUIET, labelsize=9, length=0, which="both")
+        axes.grid(color=_QUIET, alpha=0.2, linewidth=0.6)
         axes.spines[:].set_visible(False)
-        axes.yaxis.get_offset_text().set_color("#808790")
-    lower.set_xlabel("step", color="#808790")
+        axes.yaxis.get_offset_text().set_color(_QUIET)
+    lower.set_xlabel("step", color=_QUIET)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    lower.xaxis.set_major_formatter("{x:,.0f}")
+    lower.set_xlim(0, 1.02 * max([1, *steps[-1:]]))
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], dpi=150, transparent=True)
     return write_whole(path, drawn.getvalue())
@@ -128,7 +130,8 @@ def curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
 def series(metrics: Sequence[Mapping[str, Any]], *names: str) -> tuple[NDArray[np.float64], ...]:
     """Columns of a log: steps, ascending and distinct, and the named values, NaN where a line has none.
 
-    The first name decides: lines without a finite number there are left out. Of equal steps the later line counts.
+    Lines without a finite number for the first name are left out. Of a step logged twice, by a run that was
+    resumed, the later line counts.
     """
 
     def number(value: Any) -> float:
@@ -171,9 +174,10 @@ def _sheet(
     rows, columns, *size = cells.shape[:4]
     height, width = _cell(size[0], size[1], columns, widest)
     enlarged = height >= size[0]
-    font = ImageFont.load_default(_LABEL)
+    label_height = max(13, columns * width // 48)
+    font = ImageFont.load_default(label_height)
     left = _MARGIN + (max(round(font.getlength(label)) for label in down) + 10 if down else 0)
-    top = _MARGIN + _LABEL + 8
+    top = _MARGIN + label_height + 8
     gaps = max(0, rows - 1) // len(VERSIONS) if down else 0
     sheet_height = top + rows * (height + _GUTTER) + gaps * _CLIP_GAP - _GUTTER + _MARGIN
     sheet = Image.new("RGB", (left + columns * (width + _GUTTER) - _GUTTER + _MARGIN, sheet_height), _GROUND)
@@ -193,7 +197,7 @@ def _sheet(
 
 
 def _cell(height: int, width: int, columns: int, widest: float) -> tuple[int, int]:
-    """The size to draw at: tiny frames a whole number of times larger (exact pixels), huge ones shrunk to fit."""
+    """The size to draw at: tiny cells a whole number of times larger, so exact; huge ones shrunk to fit."""
     fit = widest / max(columns * width, height)
     scale = min(-(-_SMALLEST // min(height, width)), int(fit)) if fit >= 1 else fit
     return max(1, round(height * scale)), max(1, round(width * scale))
@@ -218,7 +222,8 @@ def _gif(sheets: Sequence[Image.Image]) -> bytes:
     """One palette for all frames and no dithering: what does not move does not flicker, and costs nothing."""
     fixed = np.array([_GROUND, _INK, _ACCENT, _GREY, _SEAM], dtype=np.uint8)
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*fixed.flatten().tolist(), *_colours(np.stack(sheets)[:, ::2, ::2], count=250)])
+    adapted = _colours(np.stack([np.asarray(sheet)[::2, ::2] for sheet in sheets]), count=250)
+    palette.putpalette([*fixed.flatten().tolist(), *adapted])
     first, *others = (sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets)
     data = io.BytesIO()
     first.save(data, "GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, optimize=False)
@@ -226,7 +231,7 @@ def _gif(sheets: Sequence[Image.Image]) -> bytes:
 
 
 def _colours(pixels: NDArray[np.uint8], *, count: int) -> list[int]:
-    """A palette, flat, for pixels `(..., 3)`: common colours count, but do not crowd out a rare one that differs."""
+    """A palette, flat, for pixels `(..., 3)`, in which common colours do not crowd out a rare one."""
     pixels = pixels.reshape(-1, 3)
     coarse = (pixels >> 3).astype(np.uint16) @ np.array([1024, 32, 1], dtype=np.uint16)
     _, at, times = np.unique(coarse, return_index=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""How the papers initialise: one rule for pretraining, one for finetuning. Every module starts from torch's defaults."""
+"""How the papers initialise: one rule for pretraining, one for finetuning; both start from torch's defaults."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class MaskedAutoencoder(nn.Module):
         return self.masking(batch, self.trunk.grid, generator)
 
     def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
-        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and the class token's `(B, 1, D)` if any."""
+        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and of the class token `(B, 1, D)` if any."""
         maps, class_token = self.trunk(x, shown)
         latent = maps[-1]
         for convolution, finer in zip(self.fusion, maps, strict=False):

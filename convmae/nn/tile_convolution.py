@@ -112,7 +112,7 @@ def _tiles_first(cells: Tensor, shape: torch.Size) -> Tensor:
 
 def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     """Tap by tap: the products of shifted cells and gradients, summed over cells by one matrix product."""
-    samples, shown, *tile, channels = x.shape
+    *tile, channels = x.shape[2:]
     lead = len(tile) - 2
     height, width = tile[lead:]
     flat = gradient.flatten(0, 1).movedim(0, lead).reshape(-1, height, width, channels)
