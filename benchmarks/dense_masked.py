@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from convmae.grids import Shown, quotient
 from convmae.nn.layers import ConvolutionBlock, PatchConvolution, Pointwise, TileConvolution
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
-from convmae.nn.trunk import AttentionStage
+from convmae.nn.trunk import AttentionStage, ConvolutionStage
 
 CONVOLUTION = {2: F.conv2d, 3: F.conv3d}  # by number of axes
 
 
-def convolve(
-    x: Tensor, layer: PatchConvolution | Pointwise | TileConvolution, stride: Sequence[int] = ()
-) -> Tensor:
-    """`(B, C, *cells) -> (B, D, *cells / stride)`, depthwise where the weight has one input channel."""
+def convolve(x: Tensor, layer: nn.Module) -> Tensor:
+    """A layer of ours as a plain convolution: `(B, C, *cells) -> (B, D, *cells / stride)`."""
+    assert isinstance(layer, PatchConvolution | Pointwise | TileConvolution)
     axes = x.ndim - 2
     weight = layer.weight if layer.weight.ndim > 2 else layer.weight.reshape(*layer.weight.shape, *[1] * axes)
     depthwise = isinstance(layer, TileConvolution)
@@ -31,7 +30,7 @@ def convolve(
         x,
         weight,
         layer.bias,
-        stride=tuple(stride) or 1,
+        stride=layer.stride if isinstance(layer, PatchConvolution) else 1,
         padding=tuple(side // 2 for side in weight.shape[2:]) if depthwise else 0,
         groups=len(weight) if depthwise else 1,
     )
@@ -43,8 +42,9 @@ def over_channels(layer: nn.Module, x: Tensor) -> Tensor:
     return out.movedim(-1, 1)
 
 
-def run_block(block: ConvolutionBlock, x: Tensor, visible: Tensor) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
     """`x (B, C, *cells)`, visible `(B, 1, *cells)`, 1 = shown `-> (B, C, *cells)`."""
+    assert isinstance(block, ConvolutionBlock)
     mixed = convolve(over_channels(block.norm1, x), block.into)
     x = x + convolve(convolve(visible * mixed, block.depthwise), block.out)
     hidden = F.gelu(convolve(over_channels(block.norm2, x), block.mlp[0]))
@@ -56,6 +56,13 @@ def shown_tokens(x: Tensor, shown: Shown) -> Tensor:
     assert shown.index is not None
     tokens = x.flatten(2).transpose(1, 2)
     return tokens.gather(1, shown.index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def enlarge(mask: Tensor, cells: Sequence[int]) -> Tensor:
+    """The mask of the tokens on a finer map: `(B, *grid) -> (B, *cells)`."""
+    for axis, side in enumerate(quotient(cells, mask.shape[1:]), 1):
+        mask = mask.repeat_interleave(side, dim=axis)
+    return mask
 
 
 class DenseMasked(nn.Module):
@@ -70,33 +77,29 @@ class DenseMasked(nn.Module):
 
     def encode(self, x: Tensor, mask: Tensor, shown: Shown) -> Tensor:
         """`x (B, C, *size)`, mask `(B, *grid)` `-> (B, V, D)`, the latent of the shown tokens."""
-        trunk, fused = self.model.trunk, []
-        for number, stage in enumerate(trunk.stages):
-            x = convolve(x, stage.embedding, stage.embedding.stride)
-            x = over_channels(stage.norm, x)
-            if isinstance(stage, AttentionStage):
-                break
-            x = F.gelu(x).contiguous()
-            visible = (~mask).unsqueeze(1).to(x.dtype)
-            for axis, side in enumerate(quotient(x.shape[2:], trunk.grid)):
-                visible = visible.repeat_interleave(side, dim=2 + axis)
+        *convolutions, attention = self.model.trunk.stages
+        fused = []
+        for number, stage in enumerate(convolutions):
+            assert isinstance(stage, ConvolutionStage)
+            x = F.gelu(over_channels(stage.norm, convolve(x, stage.embedding))).contiguous()
+            visible = enlarge(~mask, x.shape[2:]).unsqueeze(1).to(x.dtype)
             for block in stage.blocks:
                 x = run_block(block, x, visible)
             if len(self.model.fusion):
-                fusion = self.model.fusion[number]
-                fused.append(shown_tokens(convolve(x, fusion, fusion.stride), shown))
-        return self.attend(x, shown, fused)
+                fused.append(shown_tokens(convolve(x, self.model.fusion[number]), shown))
+        latent: Tensor = self.model.norm(sum(fused, self.attend(attention, x, shown)))
+        return latent
 
-    def attend(self, x: Tensor, shown: Shown, fused: list[Tensor]) -> Tensor:
-        """The attention stage after its normalised embedding `(B, D, *grid)`, fusion and norm: `(B, V, D)`."""
-        stage = self.model.trunk.stages[-1]
-        assert isinstance(stage, AttentionStage) and stage.class_token is None
-        positioned = stage.linear(stage.activation(x).movedim(1, -1)) + stage.positions
-        tokens = shown_tokens(positioned.movedim(-1, 1), shown)
+    def attend(self, stage: nn.Module, x: Tensor, shown: Shown) -> Tensor:
+        """The attention stage: embedded densely, then of the shown tokens only; `(B, C, *cells) -> (B, V, D)`."""
+        assert isinstance(stage, AttentionStage)
+        assert stage.class_token is None
+        embedded = over_channels(stage.norm, convolve(x, stage.embedding))
+        x = stage.linear(stage.activation(embedded).movedim(1, -1)) + stage.positions
+        tokens = shown_tokens(x.movedim(-1, 1), shown)
         for block in stage.blocks:
             tokens = block(tokens)
-        out: Tensor = self.model.norm(sum(fused, tokens))
-        return out
+        return tokens
 
     def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`x (B, C, *size)`, mask `(B, *grid)`, True = hidden; as `MaskedAutoencoder.forward`."""
@@ -107,9 +110,9 @@ class DenseMasked(nn.Module):
 
 
 @torch.no_grad()
-def disagreement(model: MaskedAutoencoder, x: Tensor, mask: Tensor) -> tuple[float, float]:
-    """How far the two forms are apart, relative: the latent's largest difference over its largest value; the loss's."""
-    dense, shown = DenseMasked(model), model.trunk.shown(mask, device=x.device)
+def disagreement(dense: DenseMasked, x: Tensor, mask: Tensor) -> tuple[float, float]:
+    """How far the two forms are apart: the latent's largest difference over its largest value; the loss's, relative."""
+    model, shown = dense.model, dense.model.trunk.shown(mask, device=x.device)
     ours, theirs = model.encode(x, shown)[0], dense.encode(x, mask.to(x.device), shown)
     losses = model(x, mask=mask)["loss"].item(), dense(x, mask)["loss"].item()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item(), abs(losses[0] / losses[1] - 1)

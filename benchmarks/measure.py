@@ -8,6 +8,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
+from sides import Side
 from torch import Tensor, nn
 
 from convmae import MAE
-from sides import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +55,14 @@ class Step:
         """The time of one forward and backward, with gradients cleared before and after it."""
         module.zero_grad(set_to_none=True)
         if self.device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             begin.record()
             self.run(module, x, mask)
             end.record()
             torch.cuda.synchronize()
-            elapsed = begin.elapsed_time(end) / 1000
+            elapsed: float = begin.elapsed_time(end) / 1000
         else:
             start = time.perf_counter()
             self.run(module, x, mask)
@@ -99,16 +99,19 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
 def peak_memory(side: Side, size: int, step: Step) -> int:
     """Bytes that one forward and backward takes at its peak beyond the built model and its input.
 
-    So: activations, gradients and workspaces. On the GPU by the allocator's count. On the CPU by the resident memory
-    of a fresh process for every side, the second step's peak above what the process held after building.
+    So: activations, gradients and workspaces. On the GPU by the allocator's count, of the second step. On the CPU by
+    the resident memory of a fresh process for every side, of its first step: later ones reuse what the C library
+    keeps of the earlier.
     """
     if step.device == "cuda":
-        return _step_peak_cuda(side, size, step)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_step_peak_cpu, side, size, step).result()
+        return _peak_on_gpu(side, size, step)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "convmae", "video"])  # imported once, before any thread or tensor
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_on_cpu, side, size, step).result()
 
 
-def _step_peak_cuda(side: Side, size: int, step: Step) -> int:
+def _peak_on_gpu(side: Side, size: int, step: Step) -> int:
     module, data = step.prepare(side), batch(side.source, size, step.device)
     step.seconds(module, *data)  # the first step may hold workspaces for choosing algorithms
     torch.cuda.reset_peak_memory_stats()
@@ -117,7 +120,7 @@ def _step_peak_cuda(side: Side, size: int, step: Step) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def _step_peak_cpu(side: Side, size: int, step: Step) -> int:
+def _peak_on_cpu(side: Side, size: int, step: Step) -> int:
     torch.set_num_threads(step.threads)
     module, data = step.prepare(side), batch(side.source, size, step.device)
     if step.compiled:
@@ -163,6 +166,10 @@ class Work:
 
 def count_work(side: Side, device: str) -> Work:
     """fvcore's count, with handles for attention and the tile convolution; norms and elementwise work count nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")  # fvcore scripts a function at import
+        from fvcore.nn import FlopCountAnalysis
+
     module = side.build().to(device)
     analysis = FlopCountAnalysis(module, batch(side.source, 1, device))
     analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -170,28 +177,32 @@ def count_work(side: Side, device: str) -> Work:
     analysis.set_op_handle("prim::PythonOp._TileConvolution", _tile_convolution)
     analysis.set_op_handle("aten::layer_norm", _nothing)
     with torch.no_grad():
-        modules = analysis.by_module()
-    decoders = [
-        name
-        for name, _ in module.named_modules()
-        if name.rpartition(".")[2] in ("decoder", "encoder_to_decoder")
-    ]
+        counts = analysis.by_module()
+    unknown = [name for name in analysis.unsupported_ops() if not name.startswith("aten::")]
+    assert not unknown, f"operators of our own need a handle: {unknown}"
+    decoders = [name for name in counts if name.endswith((".decoder", ".encoder_to_decoder"))]
     return Work(
-        forward=int(modules[""]),
-        encoder=int(modules[""] - sum(modules[name] for name in decoders)),
+        forward=int(counts[""]),
+        encoder=int(counts[""] - sum(counts[name] for name in decoders)),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
 
 
+def _shape(value: Any) -> list[int]:
+    """The shape of a traced tensor."""
+    shape: list[int] = value.type().sizes()
+    return shape
+
+
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     """`q (..., N, D), k (..., M, D), v (..., M, E)`: N·M·D for the scores, N·M·E for the sum."""
-    query, key, value = (get_shape(tensor) for tensor in inputs[:3])
+    query, key, value = (_shape(tensor) for tensor in inputs[:3])
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _tile_convolution(inputs: list[Any], outputs: list[Any]) -> int:
     """`x (B, V, *tile, C), weight (C, 1, *kernel)`: one for every cell, channel and tap, hidden neighbours included."""
-    x, weight = (get_shape(tensor) for tensor in inputs[:2])
+    x, weight = (_shape(tensor) for tensor in inputs[:2])
     return math.prod(x) * math.prod(weight[2:])
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
+from dense_masked import DenseMasked
 from torch import Tensor, nn
 
 from convmae import MAE, ConvMAE, ConvStage, masking
 from convmae.builders import AttentionStage, Stage
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
-from dense_masked import DenseMasked
 from video import VideoConvMAE
 
 Family = Literal["video", "image"]
@@ -46,9 +46,7 @@ class TransformersVideoMAE(nn.Module):
 
         super().__init__()
         frames, tubelet = plain.size[0], plain.stride[0]
-        self.model = VideoMAEForPreTraining(
-            VideoMAEConfig(num_frames=frames, tubelet_size=tubelet, **numbers(plain))
-        )
+        self.model = VideoMAEForPreTraining(VideoMAEConfig(num_frames=frames, tubelet_size=tubelet, **numbers(plain)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The scalar loss."""
@@ -65,9 +63,7 @@ class TransformersViTMAE(nn.Module):
         super().__init__()
         assert isinstance(plain.masking, masking.BlockMasking)
         ratio = plain.masking.ratio
-        self.model = ViTMAEForPreTraining(
-            ViTMAEConfig(mask_ratio=ratio, norm_pix_loss=True, **numbers(plain))
-        )
+        self.model = ViTMAEForPreTraining(ViTMAEConfig(mask_ratio=ratio, norm_pix_loss=True, **numbers(plain)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The scalar loss."""
@@ -75,7 +71,7 @@ class TransformersViTMAE(nn.Module):
         return loss
 
 
-def numbers(plain: MAE) -> dict[str, int | str]:
+def numbers(plain: MAE) -> dict[str, Any]:
     """The numbers of a plain ViT's builder, by the names that transformers gives them."""
     (stage,) = plain.trunk
     assert isinstance(stage, AttentionStage)
@@ -104,6 +100,7 @@ class Side:
         family: whether it takes clips or images.
         source: the builder of the model, or of the form that transformers' model has; it says size and masking.
         make: the module, from the source.
+        per_clip: samples that count as one clip: images have one for every two frames, so as many tokens.
         needs_transformers: whether `make` imports transformers.
     """
 
@@ -112,26 +109,32 @@ class Side:
     family: Family
     source: MAE
     make: Callable[[MAE], nn.Module]
+    per_clip: int = 1
     needs_transformers: bool = False
 
     def build(self) -> nn.Module:
-        """The module, with random weights; sides of the same source share one model's."""
-        return self.make(self.source)
+        """The module, with random weights; built once, and sides of one source share the weights."""
+        return _module(self.make, self.source)
 
 
 @cache
-def _built(builder: MAE) -> MaskedAutoencoder:
+def _module(make: Callable[[MAE], nn.Module], source: MAE) -> nn.Module:
+    return make(source)
+
+
+@cache
+def _model(builder: MAE) -> MaskedAutoencoder:
     return builder.build()
 
 
 def sparse(builder: MAE) -> nn.Module:
     """The model as it is."""
-    return Pretraining(_built(builder))
+    return Pretraining(_model(builder))
 
 
 def dense(builder: MAE) -> nn.Module:
     """The model in the published form."""
-    return Pretraining(DenseMasked(_built(builder)))
+    return Pretraining(DenseMasked(_model(builder)))
 
 
 def with_temporal_kernel(builder: VideoConvMAE, kernel: int) -> VideoConvMAE:
@@ -157,31 +160,21 @@ class Models:
 def base() -> Models:
     """What the papers compare: Base, clips of 16 x 224 x 224 under tubes at 0.9, images of 224 x 224 at 0.75."""
     clips, images = VideoConvMAE.base(), ConvMAE.base()
-    return Models(
-        clips=clips, images=images, plain_clips=_videomae(clips, MAE.base()), plain_images=MAE.base()
-    )
+    return Models(clips=clips, images=images, plain_clips=_videomae(clips, MAE.base()), plain_images=MAE.base())
 
 
 def tiny() -> Models:
     """A few seconds' worth, to see that everything runs; its times mean nothing."""
     convolutions = [
-        ConvStage(dim=dim, depth=1, stride=(stride, stride), kernel=(5, 5))
-        for dim, stride in ((16, 4), (24, 2))
+        ConvStage(dim=dim, depth=1, stride=(stride, stride), kernel=(5, 5)) for dim, stride in ((16, 4), (24, 2))
     ]
     attention = AttentionStage(dim=48, depth=1, stride=(2, 2), heads=2)
-    images = (
-        ConvMAE.base().input(64).stages(*convolutions, attention).decode(dim=32, depth=1, heads=2, mlp_ratio=4)
-    )
+    images = ConvMAE.base().input(64).stages(*convolutions, attention).decode(dim=32, depth=1, heads=2, mlp_ratio=4)
     plain = (
-        MAE.base()
-        .input(64)
-        .stages(replace(attention, stride=(16, 16), hybrid=False))
-        .decode(dim=32, depth=1, heads=2)
+        MAE.base().input(64).stages(replace(attention, stride=(16, 16), hybrid=False)).decode(dim=32, depth=1, heads=2)
     )
     clips = VideoConvMAE.inflate(images, frames=4).predict(VideoConvMAE.base().target)
-    return Models(
-        clips=clips, images=images, plain_clips=_videomae(clips, plain), plain_images=plain, size="tiny"
-    )
+    return Models(clips=clips, images=images, plain_clips=_videomae(clips, plain), plain_images=plain, size="tiny")
 
 
 def _videomae(clips: VideoConvMAE, vit: MAE) -> MAE:
@@ -194,45 +187,37 @@ def _videomae(clips: VideoConvMAE, vit: MAE) -> MAE:
     )
 
 
-def sides(models: Models) -> Iterator[Side]:
+def sides(models: Models) -> list[Side]:
     """All sides, in the order in which they are run and printed."""
-    size = models.size
+    return [*_on_clips(models), *_on_images(models)]
+
+
+def _on_clips(models: Models) -> Iterator[Side]:
     kernels = {kernel: with_temporal_kernel(models.clips, kernel) for kernel in TEMPORAL_KERNELS}
     for kernel, clips in kernels.items():
-        yield Side(
-            name=f"videoconvmae-k{kernel}",
-            title=f"VideoConvMAE-{size}, kernel {kernel}",
-            family="video",
-            source=clips,
-            make=sparse,
-        )
+        title = f"VideoConvMAE-{models.size}, kernel {kernel}"
+        yield Side(name=f"videoconvmae-k{kernel}", title=title, family="video", source=clips, make=sparse)
     for kernel, clips in kernels.items():
-        yield Side(
-            name=f"videoconvmae-dense-k{kernel}",
-            title=f"  dense-masked, kernel {kernel}",
-            family="video",
-            source=clips,
-            make=dense,
-        )
+        title = f"  dense-masked, kernel {kernel}"
+        yield Side(name=f"videoconvmae-dense-k{kernel}", title=title, family="video", source=clips, make=dense)
     yield Side(
         name="videomae",
-        title=f"VideoMAE-{size} (transformers)",
+        title=f"VideoMAE-{models.size} (transformers)",
         family="video",
         source=models.plain_clips,
         make=TransformersVideoMAE,
         needs_transformers=True,
     )
-    yield Side(
-        name="convmae", title=f"ConvMAE-{size}", family="image", source=models.images, make=sparse
-    )
-    yield Side(
-        name="convmae-dense", title="  dense-masked", family="image", source=models.images, make=dense
-    )
-    yield Side(name="mae", title=f"MAE-{size}", family="image", source=models.plain_images, make=sparse)
-    yield Side(
+
+
+def _on_images(models: Models) -> Iterator[Side]:
+    image = partial(Side, family="image", per_clip=models.clips.size[0] // 2)
+    yield image(name="convmae", title=f"ConvMAE-{models.size}", source=models.images, make=sparse)
+    yield image(name="convmae-dense", title="  dense-masked", source=models.images, make=dense)
+    yield image(name="mae", title=f"MAE-{models.size}", source=models.plain_images, make=sparse)
+    yield image(
         name="vitmae",
-        title=f"MAE-{size} (transformers)",
-        family="image",
+        title=f"MAE-{models.size} (transformers)",
         source=models.plain_images,
         make=TransformersViTMAE,
         needs_transformers=True,

@@ -18,14 +18,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-if TYPE_CHECKING:
-    from convmae.images import ImageSamples
 
 SEED = 2205
 SHAPES = ("cross", "disc", "hexagon", "moon", "ring", "square", "star", "triangle")
@@ -51,15 +48,16 @@ def clip(motion: str, random: np.random.Generator, *, frames: int = 32, size: in
 def still(shape: str, random: np.random.Generator, *, size: int = 96) -> Pixels:
     """Draw a picture of one of `SHAPES`, RGB uint8 `(H, W, 3)`, H = W = `size` pixels."""
     time = np.zeros(1, np.float32)
-    sprite = _Sprite.draw(random, shape, random.uniform(0.22, 0.4), pixels=256)
+    sprite = _Sprite.draw(random, shape, random.uniform(0.22, 0.38), pixels=256)
     shift = np.array([[0.5, 0.5]], np.float32) - sprite.place + random.uniform(-0.15, 0.15, 2)
     canvas = _ground(random, time, size)
     sprite.paint(canvas, shift.astype(np.float32), time)
-    return _bytes(canvas)[0]
+    picture: Pixels = _bytes(canvas)[0]
+    return picture
 
 
 def _bytes(canvas: Plane) -> Pixels:
-    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _motion(motion: str, random: np.random.Generator, time: Plane) -> tuple[Plane, Plane]:
@@ -170,7 +168,8 @@ def _pattern(random: np.random.Generator, x: Plane, y: Plane) -> Plane:
             marks = np.sin(across * x) * np.sin(across * y) * 1.4
         case _:
             marks = np.cos(across * 1.4 * np.hypot(x - 0.5, y))
-    return (0.75 * np.tanh(2 * marks) + 0.5 * y).astype(np.float32)
+    pattern: Plane = 0.75 * np.tanh(2 * marks) + 0.5 * y
+    return pattern
 
 
 def _distance(shape: str, x: Plane, y: Plane) -> Plane:
@@ -183,17 +182,20 @@ def _distance(shape: str, x: Plane, y: Plane) -> Plane:
         return distance
 
     def bar(a: Plane, b: Plane, half: tuple[float, float]) -> Plane:
-        return np.hypot(np.maximum(abs(a) - half[0] + 0.1, 0), np.maximum(abs(b) - half[1] + 0.1, 0)) - 0.1
+        distance: Plane = np.hypot(np.maximum(abs(a) - half[0] + 0.1, 0), np.maximum(abs(b) - half[1] + 0.1, 0)) - 0.1
+        return distance
 
     match shape:
         case "cross":
-            return np.minimum(bar(x, y, (0.75, 0.25)), bar(y, x, (0.75, 0.25)))
+            cross: Plane = np.minimum(bar(x, y, (0.75, 0.25)), bar(y, x, (0.75, 0.25)))
+            return cross
         case "disc":
             return r - 0.68
         case "hexagon":
             return polygon(6, 0.64)
         case "moon":
-            return np.maximum(r - 0.74, 0.58 - np.hypot(x - 0.38, y)) + np.maximum(x - 0.45, 0)
+            moon: Plane = np.maximum(r - 0.74, 0.58 - np.hypot(x - 0.38, y)) + np.maximum(x - 0.45, 0)
+            return moon
         case "ring":
             return abs(r - 0.54) - 0.2
         case "square":
@@ -203,17 +205,6 @@ def _distance(shape: str, x: Plane, y: Plane) -> Plane:
         case "triangle":
             return polygon(3, 0.39)
     raise ValueError(f"{shape=} is not one of {SHAPES}")
-
-
-def images(folder: Path, *, train: int = 60, val: int = 15, size: int = 96) -> None:
-    """Draw `train` and `val` stills a shape into `folder/train/SHAPE/` and `folder/val/SHAPE/`, as JPEG."""
-    for split, (name, count) in enumerate([("train", train), ("val", val)]):
-        for label, shape in enumerate(SHAPES):
-            below = folder / name / shape
-            below.mkdir(parents=True)
-            for number in range(count):
-                random = np.random.default_rng([SEED, split, label, number])
-                Image.fromarray(still(shape, random, size=size)).save(below / f"{number:03}.jpg", quality=90)
 
 
 def cached(name: str, make: Callable[[Path], None], folder: Path | None = None) -> Path:
@@ -247,14 +238,22 @@ def cached(name: str, make: Callable[[Path], None], folder: Path | None = None) 
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoImages:
-    """The drawn stills, made on first use: 8 shapes, 60 to train with and 15 held out of each, 96 pixels."""
+def make(folder: Path | None = None) -> Path:
+    """Make the stills in `folder`, or in the cache (see `cached`), unless they are there; return where.
 
-    split: Literal["train", "val"] = "train"
+    Below are `train/SHAPE/000.jpg` and so on, 60 stills of each of 8 shapes, and `val/` with 15; 96 pixels. The
+    content is the same each time.
 
-    def open(self, size: tuple[int, ...]) -> ImageSamples:
-        """Open them at `size`, `(H, W)` pixels. Raises ValueError for another number of axes."""
-        from convmae.images import ImageFolder
+    Raises ValueError where the folder cannot be written.
+    """
+    return cached("demo-images-v1", _fill, folder)
 
-        return ImageFolder(root=cached("demo-images-v1", images) / self.split).open(size)
+
+def _fill(folder: Path) -> None:
+    for split, (name, count) in enumerate([("train", 60), ("val", 15)]):
+        for label, shape in enumerate(SHAPES):
+            below = folder / name / shape
+            below.mkdir(parents=True)
+            for number in range(count):
+                random = np.random.default_rng([SEED, split, label, number])
+                Image.fromarray(still(shape, random)).save(below / f"{number:03}.jpg", quality=90)

@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from convmae.data import UNLABELLED, Sample, UnusableFileError
+from convmae.demo import make
 
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
@@ -82,6 +83,15 @@ class Crop(Protocol):
         ...
 
 
+def resize(pixels: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
+    """Resize pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`, without aliasing.
+
+    Bit for bit torchvision's resize, whose import takes as long as torch's own.
+    """
+    batch = pixels.reshape(-1, *pixels.shape[-3:])
+    return interpolate(batch, list(size), mode=mode, antialias=True).reshape(*pixels.shape[:-2], *size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
     """A part of random area and aspect, resized bicubically (Inception's; MAE pretrains on areas .2 to 1)."""
@@ -93,8 +103,7 @@ class RandomResizedCrop:
         """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`."""
         top, left, height, width = self._box(pixels.shape[-2], pixels.shape[-1], generator)
         part = pixels[..., top : top + height, left : left + width]
-        resized: Tensor = F.resize(part, list(size), interpolation=F.InterpolationMode.BICUBIC, antialias=True)
-        return resized
+        return resize(part, size, "bicubic")
 
     def short_side(self, size: tuple[int, int]) -> int:
         """The input's short side, in pixels, from which on a larger input would only be resized down."""
@@ -120,9 +129,9 @@ def _below(number: int, generator: torch.Generator) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Images below `root`; its subfolders, if any, are the classes (as in torchvision's ImageFolder)."""
+    """Images below `root`, without one the built-in demonstration stills; subfolders, if any, are the classes."""
 
-    root: Path
+    root: Path | None = None
     crop: Crop = RandomResizedCrop()
     flip: bool = True
     """Mirror left and right with probability 1/2."""
@@ -130,11 +139,13 @@ class ImageFolder:
     def open(self, size: tuple[int, ...]) -> ImageSamples:
         """List the images, to be loaded at `size`, `(H, W)` pixels.
 
-        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image.
+        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image, or the
+        demonstration set cannot be written.
         """
         if len(size) != 2:
             raise ValueError(f"ImageFolder loads (H, W) pixels, but the model's input is {size}")
-        return ImageSamples(source=self, size=size, listing=listing(self.root, IMAGE_SUFFIXES))
+        root = make() / "train" if self.root is None else self.root
+        return ImageSamples(source=self, root=root, size=size, listing=listing(root, IMAGE_SUFFIXES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +153,7 @@ class ImageSamples:
     """The images of an opened `ImageFolder`."""
 
     source: ImageFolder
+    root: Path
     size: tuple[int, int]
     listing: Listing
 
@@ -149,11 +161,11 @@ class ImageSamples:
         return len(self.listing.files)
 
     def __repr__(self) -> str:
-        return f"{len(self)} images of {self.size} in {str(self.source.root)!r}"
+        return f"{len(self)} images of {self.size} in {str(self.root)!r}"
 
     def name(self, index: int) -> str:
         """The path of an image."""
-        return os.path.join(self.source.root, self.listing.files[index])
+        return os.path.join(self.root, self.listing.files[index])
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
         """Load one image, cropped and flipped at random, uint8 `(3, H, W)`.

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torchvision.transforms.v2.functional as F
 from torch import Tensor
+
+from convmae.images import resize
 
 
 def dense(frames_in_file: int, *, frames: int, stride: int = 1, place: float = 0.5) -> list[int]:
@@ -55,9 +56,7 @@ class MultiScaleCrop:
         pair, place = (int(torch.randint(len(of), (), generator=generator)) for of in (pairs, places))
         h, w = (max(int(unit * side * scale), 1) for side, scale in zip(size, pairs[pair], strict=True))
         top, left = (height - h) * places[place][0] // 4, (width - w) * places[place][1] // 4
-        part = pixels[..., top : top + h, left : left + w]
-        resized: Tensor = F.resize(part, list(size), interpolation=F.InterpolationMode.BILINEAR, antialias=True)
-        return resized
+        return resize(pixels[..., top : top + h, left : left + w], size, "bilinear")
 
     def short_side(self, size: tuple[int, int]) -> int:
         """The input's short side, in pixels, from which on a larger input would only be resized down."""

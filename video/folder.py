@@ -13,6 +13,7 @@ from convmae.data import Sample
 from convmae.images import Crop, Listing, listing
 from video import readers
 from video.clips import MultiScaleCrop, dense
+from video.demo import make
 
 VIDEO_SUFFIXES = frozenset(
     [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
@@ -21,13 +22,13 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFolder:
-    """Videos below `root`; its subfolders, if any, are the classes.
+    """Videos below `root`, without one the built-in demonstration clips; subfolders, if any, are the classes.
 
     A clip is what `clips.dense` chooses, `stride` apart, of which `crop` takes a part, as VideoMAE pretrains.
     Listing opens no file: those count that end in one of `VIDEO_SUFFIXES`.
     """
 
-    root: Path
+    root: Path | None = None
     stride: int = 4
     crop: Crop = MultiScaleCrop()
     flip: bool = False
@@ -37,13 +38,14 @@ class VideoFolder:
         """List the videos, to be loaded as clips of `size`, `(T, H, W)` frames and pixels.
 
         Raises ValueError where `size` has not three axes, `stride` is below 1, or `root` is not a folder or
-        holds no video.
+        holds no video, or the demonstration set cannot be written.
         """
         if len(size) != 3:
             raise ValueError(f"{type(self).__name__} loads (T, H, W) clips, but the model's input is {size}")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} is below 1")
-        return VideoSamples(source=self, size=size, listing=listing(self.root, VIDEO_SUFFIXES))
+        root = make() / "train" if self.root is None else self.root
+        return VideoSamples(source=self, root=root, size=size, listing=listing(root, VIDEO_SUFFIXES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class VideoSamples:
     """The videos of an opened `VideoFolder`."""
 
     source: VideoFolder
+    root: Path
     size: tuple[int, int, int]
     listing: Listing
 
@@ -58,11 +61,11 @@ class VideoSamples:
         return len(self.listing.files)
 
     def __repr__(self) -> str:
-        return f"{len(self)} videos as clips of {self.size} in {str(self.source.root)!r}"
+        return f"{len(self)} videos as clips of {self.size} in {str(self.root)!r}"
 
     def name(self, index: int) -> str:
         """The path of a video."""
-        return os.path.join(self.source.root, self.listing.files[index])
+        return os.path.join(self.root, self.listing.files[index])
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
         """Load a random clip of one video, uint8 `(3, T, H, W)`; one crop for all its frames.

@@ -36,7 +36,7 @@ def kinetics_pretrain() -> Pretrain:
 def demo() -> Pretrain:
     """A small VideoConvMAE on the built-in demo clips, or on your folder: about three minutes on two CPU cores.
 
-    For a first look; no published counterpart. Clips of 8 frames at 64 pixels, an 4x4x4 grid of tokens, 75 % hidden.
+    For a first look; no published counterpart. Clips of 8 frames at 64 pixels, tokens of 2 x 8 x 8, 75 % in tubes.
     """
     image = (
         ConvMAE()
@@ -44,7 +44,7 @@ def demo() -> Pretrain:
         .stages(
             ConvStage(dim=48, depth=1, stride=(4, 4), kernel=(5, 5)),
             ConvStage(dim=96, depth=1, stride=(2, 2), kernel=(5, 5)),
-            AttentionStage(dim=192, depth=4, stride=(2, 2), heads=6),
+            AttentionStage(dim=192, depth=4, stride=(1, 1), heads=6),
         )
         .decode(dim=128, depth=2, heads=4)
         .predict(targets.pixels())
