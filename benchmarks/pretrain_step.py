@@ -173,9 +173,9 @@ def measure(chosen: Sequence[Side], clips: int, step: Step, *, count: int, progr
     samples = [clips * side.per_clip for side in chosen]
     work, memory = [], []
     for side, size in zip(chosen, samples, strict=True):
-        progress.print(f"multiply-accumulates and peak memory: {side.name}")
         work.append(count_work(side, step.device))
         memory.append(peak_memory(side, size, step))
+        progress.print(f"{side.name}: {work[-1].forward / 1e9:.2f} GMAC, peak {memory[-1] / 2**20:.0f} MiB")
     inputs = [batch(side.source, size, step.device) for side, size in zip(chosen, samples, strict=True)]
     timed = []
     for seconds in rounds([step.prepare(side) for side in chosen], inputs, step, count=count):

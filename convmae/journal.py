@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -49,7 +50,8 @@ def describe(run: Pretrain) -> str:
         value = getattr(run, field.name)
         if isinstance(value, MAE):
             lines.append(f"    {field.name}={type(value).__name__}()")
-            lines += [f"        {verb}" for verb in value.verbs(defaults=True)]
+            for verb in value.verbs(defaults=True):
+                lines.append("        " + re.sub(r", (?=ConvStage|AttentionStage)", ",\n            ", verb))
             lines[-1] += ","
         else:
             lines.append(f"    {field.name}={value!r},")
@@ -123,7 +125,8 @@ class _Desk:
         size = " x ".join(map(str, run.model.size))
         print_ = self.console.print
         print_(f"[bold]{type(run.model).__name__}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
-        print_(f"{len(start.stream.samples)} samples, {run.batch_size} a step, {start.total} steps; {_where(start)}")
+        print_(f"{start.stream.samples!r}", highlight=False, markup=False)
+        print_(f"{run.batch_size} samples a step, {start.total} steps, {_where(start)}")
         if start.first:
             print_(f"going on after step {start.first}")
         print_(f"everything goes to {self.folder}", highlight=False)

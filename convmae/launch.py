@@ -453,8 +453,8 @@ def _slurm_place(launch: Launch, run: Pretrain, partition: Partition) -> Place:
         gpus = 0 if on_cpu else max(enough)
     kinds = ", ".join(f"{alike.number} nodes with {alike.gpus}" for alike in partition.nodes)
     _require_gpus(gpus, gpus >= 0 and partition.count(gpus) >= nodes, f"partition {name} has {kinds}")
-    has = f"{gpus} GPUs" if gpus else "no GPUs"
-    why = f"it answers; {nodes} of partition {name}'s nodes, each with {has}"
+    has = f"with {gpus} GPUs each" if gpus else "without GPUs"
+    why = f"it answers; {nodes} of partition {name}'s nodes, {has}"
     return Place(cluster="slurm", why=why, gpus=gpus, tasks=_tasks(launch, gpus), partition=partition)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,9 +86,7 @@ class Recorded:
         shown = model.trunk.shown(self.mask, device=self.images.device)
         seen: dict[str, Tensor] = {}
         first_block = model.trunk.stages[2].get_submodule("blocks.0")
-        hook = first_block.register_forward_pre_hook(
-            lambda module, inputs: seen.update({"out.blocks3_in": inputs[0]})
-        )
+        hook = first_block.register_forward_pre_hook(lambda module, inputs: seen.update({"out.blocks3_in": inputs[0]}))
         maps = model.trunk(self.images, shown).maps
         hook.remove()
         seen |= {"out.stage1_vis": maps[0], "out.stage2_vis": maps[1], "out.blocks3_out": maps[2].flatten(1, -2)}
@@ -173,7 +172,7 @@ def test_loss_and_gradients_of_convmae_are_the_authors(
     assert loss.item() == pytest.approx(recorded.about[f"loss_{kind}_float64"], rel=1e-12)
     assert loss.item() == pytest.approx(recorded.content[f"out.loss_{kind}"].item(), rel=1e-6)
 
-    loss.backward()
+    torch.autograd.backward(loss)
     own = dict(model.named_parameters())
     for name in recorded.about["params_without_grad"]:
         assert own[pairs[name]].grad is None
@@ -240,9 +239,7 @@ WRONG: dict[str, tuple[Callable[[str], bool], float]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrong", WRONG)
-def test_the_epsilon_probe_tells_a_wrong_epsilon(
-    recorded: Recorded, pairs: dict[str, str], wrong: str
-) -> None:
+def test_the_epsilon_probe_tells_a_wrong_epsilon(recorded: Recorded, pairs: dict[str, str], wrong: str) -> None:
     model = recorded.model(probe(recorded))
     chosen, eps = WRONG[wrong]
     for name in filter(chosen, recorded.about["norm_eps"]):
@@ -300,7 +297,7 @@ def test_logits_features_loss_and_gradients_of_the_classifier_are_the_authors(
 
     loss = F.cross_entropy(logits, recognised.labels)
     assert loss.item() == pytest.approx(content[f"out.{kind}.loss"].item(), rel=1e-6)
-    loss.backward()
+    torch.autograd.backward(loss)
     pairs = pair_names(recognised.state(pooling), recognised.model(pooling).float())
     own = dict(model.named_parameters())
     norms = recognised.about[f"grad_norms_{kind}"]
@@ -380,7 +377,7 @@ def statistics(tensor: Tensor) -> dict[str, float]:
 
 
 def law(stats: dict[str, Any]) -> str:
-    """Of tensors of hundreds of values: a uniform law's largest value is sqrt(3) deviations out, a normal's is three."""
+    """A uniform law's largest value is sqrt(3) deviations out; among hundreds of values a normal's is three."""
     if stats["std"] == 0:
         return "constant"
     return "uniform" if max(-stats["min"], stats["max"]) / stats["std"] < 2.2 else "normal"
@@ -485,9 +482,7 @@ def test_videomaes_plain_target_is_the_authors(clips: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("kind", ["norm", "raw"])
-def test_videomaes_loss_of_the_recorded_prediction_is_the_authors(
-    clips: dict[str, Tensor], kind: str
-) -> None:
+def test_videomaes_loss_of_the_recorded_prediction_is_the_authors(clips: dict[str, Tensor], kind: str) -> None:
     """Through a model's own loss, which averages over hidden tokens only."""
     target = targets.normalized_pixels(per_channel=True) if kind == "norm" else targets.pixels(unit=True)
     builder = (
@@ -498,8 +493,7 @@ def test_videomaes_loss_of_the_recorded_prediction_is_the_authors(
         .decode(dim=8, depth=1, heads=1)
         .predict(target)
     )
-    stage = builder.trunk[0]
-    model = builder.stages(type(stage)(dim=8, depth=1, stride=stage.stride, heads=1, hybrid=False)).build()
+    model = builder.stages(replace(builder.trunk[0], dim=8, depth=1, heads=1)).build()
     mask = clips["mask.mask"].bool()
     prediction = torch.full((2, 128, 384), torch.nan)
     prediction[mask] = clips["out.pred"].flatten(0, 1)
@@ -534,14 +528,7 @@ def encoder_count(builder: MAE) -> int:
     *convolutions, last = builder.trunk
 
     def of_depth(depth: int) -> int:
-        short = type(last)(
-            dim=last.dim,
-            depth=depth,
-            stride=last.stride,
-            heads=getattr(last, "heads", 1),
-            mlp_ratio=last.mlp_ratio,
-            hybrid=getattr(last, "hybrid", True),
-        )
+        short = replace(last, depth=depth)
         return count(builder.stages(*convolutions, short).build_trunk(), positions=False)
 
     block = of_depth(2) - of_depth(1)
@@ -581,9 +568,7 @@ def test_video_convmae_base_with_the_kinetics_head_has_the_published_86_million(
     builder = VideoConvMAE.base()
     assert builder.grid == (8, 14, 14)
     assert round((encoder_count(builder) + 1568 * 768 + 400 * 769) / 1e6) == 86
-    counts = [
-        encoder_count(VideoConvMAE.inflate(ConvMAE.base(), frames=16, kernel=kernel)) for kernel in (1, 3, 5)
-    ]
+    counts = [encoder_count(VideoConvMAE.inflate(ConvMAE.base(), frames=16, kernel=kernel)) for kernel in (1, 3, 5)]
     assert counts[0] < counts[1] < counts[2] < counts[0] + 0.15e6
 
 

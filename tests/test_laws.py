@@ -1,7 +1,7 @@
 """Laws of the masked trunk, on two and three axes: nothing leaks, and sparse is dense-masked, to the last digits.
 
-The reference here is the published form restated: dense maps, channels first, multiplied by the mask before the depthwise
-convolution, with torch's own convolutions and an attention written out.
+The reference here is the published form restated: dense maps, channels first, multiplied by the mask before the
+depthwise convolution, with torch's own convolutions and an attention written out.
 """
 
 import math
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from convmae import MAE, AttentionStage, ConvMAE, ConvStage, masking
 from convmae.grids import Shown
-from convmae.masking import Masking
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from convmae.nn.tile_convolution import tile_convolution
 from video import VideoConvMAE
@@ -109,7 +108,8 @@ def sample(model: MaskedAutoencoder, batch: int = 3, seed: int = 1) -> tuple[Ten
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 3, *model.trunk.size, generator=generator, dtype=torch.float64)
     mask = model.draw_masks(batch, generator)
-    assert not mask[0].equal(mask[1])
+    while mask[0].equal(mask[1]):  # few tokens: draw until samples differ
+        mask = model.draw_masks(batch, generator)
     return x, mask
 
 
@@ -139,9 +139,7 @@ class Dense:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        return F.layer_norm(
-            x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps
-        )
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
 
     def pointwise(self, x: Tensor, name: str) -> Tensor:
         return self.linear(x.movedim(1, -1), name).movedim(-1, 1)
@@ -179,7 +177,7 @@ class Dense:
         tokens = x.flatten(2).transpose(1, 2)
         shown = ~upsample(hidden, tuple(x.shape[2:])).flatten(1)
         kept = tokens[shown].view(len(x), -1, tokens.shape[-1])
-        class_token = self.weights.get(f"{name}.class_token")
+        class_token: Tensor | None = self.weights.get(f"{name}.class_token")
         if class_token is not None:
             kept = torch.cat([class_token.expand(len(x), -1, -1), kept], 1)
         for block in range(stage.depth):
@@ -246,7 +244,7 @@ def pixel_rows(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 def gradients(model: MaskedAutoencoder, scalar: Tensor) -> dict[str, Tensor]:
     """Of every trained parameter; those that play no part get zeros."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for (name, parameter), gradient in zip(named.items(), found, strict=True)
@@ -256,8 +254,8 @@ def gradients(model: MaskedAutoencoder, scalar: Tensor) -> dict[str, Tensor]:
 def assert_near(ours: Tensor, theirs: Tensor, what: str = "") -> None:
     """To 1e-12 of the largest value, or of one."""
     assert ours.shape == theirs.shape
-    apart = float((ours - theirs).abs().max())
-    assert apart <= 1e-12 * max(1.0, float(theirs.abs().max())), (what, apart)
+    apart = float((ours - theirs).detach().abs().max())
+    assert apart <= 1e-12 * max(1.0, float(theirs.detach().abs().max())), (what, apart)
 
 
 @each
@@ -284,9 +282,7 @@ def test_sparse_is_dense_masked_in_every_value_and_gradient(name: str) -> None:
         assert_near(ours[parameter], gradient, parameter)
 
 
-@pytest.mark.parametrize(
-    "name", ["image", "clip, kernel 3", "clip, deep tubelets, kernel 3", "image, four stages"]
-)
+@pytest.mark.parametrize("name", ["image", "clip, kernel 3", "clip, deep tubelets, kernel 3", "image, four stages"])
 def test_sparse_maps_are_the_dense_maps_at_shown_cells(name: str) -> None:
     builder = CASES[name]
     model = build(builder)
@@ -310,10 +306,10 @@ def test_without_a_mask_the_trunk_is_the_dense_trunk(name: str) -> None:
     for ours, theirs in zip(features.maps, dense, strict=True):
         assert_near(ours.squeeze(1), theirs.movedim(1, -1))
     assert (features.class_token is None) == (class_token is None)
-    theirs = gradients(model, dense[-1].square().sum())
-    ours = gradients(model, features.tokens.square().sum())
-    for parameter, gradient in theirs.items():
-        assert_near(ours[parameter], gradient, parameter)
+    expected = gradients(model, dense[-1].square().sum())
+    found = gradients(model, features.tokens.square().sum())
+    for parameter, gradient in expected.items():
+        assert_near(found[parameter], gradient, parameter)
 
 
 @each
@@ -340,17 +336,17 @@ def shown_run(model: MaskedAutoencoder, x: Tensor, mask: Tensor) -> tuple[Tensor
     return latent, gradients(model, latent.square().sum())
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e300], ids=str)
 @each
-def test_hidden_pixels_cannot_move_shown_tokens_or_their_gradients(name: str, poison: float) -> None:
+def test_hidden_pixels_cannot_move_shown_tokens_or_their_gradients(name: str) -> None:
     model = build(CASES[name])
     x, mask = sample(model)
     hidden = upsample(mask, model.trunk.size).unsqueeze(1)
     before, slopes = shown_run(model, x, mask)
-    after, poisoned = shown_run(model, x.masked_fill(hidden, poison), mask)
-    assert after.equal(before)  # bit for bit
-    for parameter, gradient in slopes.items():
-        assert poisoned[parameter].equal(gradient), parameter
+    for poison in (math.nan, math.inf, -math.inf, 1e300):
+        after, poisoned = shown_run(model, x.masked_fill(hidden, poison), mask)
+        assert after.equal(before)  # bit for bit
+        for parameter, gradient in slopes.items():
+            assert poisoned[parameter].equal(gradient), (poison, parameter)
 
 
 @each
@@ -380,7 +376,7 @@ def test_the_loss_is_over_hidden_patches_alone(builder: ConvMAE) -> None:
     model = build(builder)
     x, mask = sample(model)
     prediction = model(x, mask=mask)["prediction"].detach().requires_grad_()
-    model.loss(x, prediction, mask).backward()
+    torch.autograd.backward(model.loss(x, prediction, mask))
     assert prediction.grad is not None
     assert prediction.grad[~mask.flatten(1)].eq(0).all()
     assert prediction.grad[mask.flatten(1)].ne(0).all()
@@ -502,7 +498,7 @@ def test_the_tile_convolution_gives_only_the_gradients_asked_for() -> None:
     for wanted, other in ((x, weight), (weight, x)):
         wanted.requires_grad_()
         other.requires_grad_(False)
-        tile_convolution(x, weight, table).sum().backward()
+        torch.autograd.backward(tile_convolution(x, weight, table).sum())
         assert wanted.grad is not None
         assert other.grad is None
         wanted.grad = None
@@ -515,7 +511,7 @@ def test_a_second_derivative_of_the_tile_convolution_is_refused_rather_than_wron
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
     (slope,) = torch.autograd.grad(tile_convolution(x, weight, table).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
-        slope.sum().backward()
+        torch.autograd.backward(slope.sum())
 
 
 def test_the_input_of_the_tile_convolution_stays_as_it_was() -> None:
@@ -536,7 +532,7 @@ def test_the_input_of_the_tile_convolution_stays_as_it_was() -> None:
 def test_float32_is_near_float64(builder: ConvMAE) -> None:
     model = build(builder)
     x, mask = sample(model)
-    exact = model(x, mask=mask)["prediction"]
+    exact = model(x, mask=mask)["prediction"].detach()
     rounded = model.float()(x.float(), mask=mask)["prediction"]
     assert rounded.dtype == torch.float32
     assert float((rounded - exact).abs().max()) < 2e-5 * float(exact.abs().max())
@@ -606,9 +602,7 @@ def test_training_twice_from_one_seed_is_the_same_bit_for_bit(builder: ConvMAE) 
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize(
-    ("size", "patch"), [((32, 48), (8, 8)), ((4, 16, 24), (2, 8, 8))], ids=["image", "clip"]
-)
+@pytest.mark.parametrize(("size", "patch"), [((32, 48), (8, 8)), ((4, 16, 24), (2, 8, 8))], ids=["image", "clip"])
 def test_maes_shown_tokens_are_those_of_the_dense_reference(
     size: tuple[int, ...], patch: tuple[int, ...], class_token: bool
 ) -> None:

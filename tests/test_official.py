@@ -1,0 +1,360 @@
+"""The authors' checkpoints: found in any wrapping, inferred from shapes, and refused where they do not match."""
+
+import argparse
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import explanation, needs_shared, tensors, under
+from torch import Tensor
+
+from convmae import AttentionStage, ConvMAE, ConvStage, official, targets
+from convmae.nn.classifier import Classifier
+from convmae.nn.masked_autoencoder import MaskedAutoencoder
+
+pytestmark = needs_shared
+
+State = dict[str, Tensor]
+PATCH_NAME = "patch_embed1.proj.weight"
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return under(tensors("convmae_tiny"), "state.")
+
+
+@pytest.fixture(scope="module")
+def classifier_state() -> State:
+    found = under(tensors("convvit_tiny"), "state.")
+    return {name: tensor for name, tensor in found.items() if not name.startswith("norm.")}
+
+
+def load(source: Any) -> MaskedAutoencoder:
+    model = official.load(source, heads=4, decoder_heads=4)
+    assert isinstance(model, MaskedAutoencoder)
+    return model
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+
+def test_every_size_is_inferred_from_shapes(state: State) -> None:
+    model = load(state)
+    assert model.builder == (
+        ConvMAE()
+        .stages(
+            ConvStage(dim=16, depth=1, stride=(4, 4), kernel=(5, 5)),
+            ConvStage(dim=24, depth=1, stride=(2, 2), kernel=(5, 5)),
+            AttentionStage(dim=48, depth=2, stride=(2, 2), heads=4),
+        )
+        .decode(dim=32, depth=2, heads=4)
+    )
+    assert model.builder.grid == (14, 14)
+    assert not model.training
+    assert model.builder.target == targets.normalized_pixels()
+
+
+def test_mlp_ratios_and_depths_of_every_stage_are_inferred() -> None:
+    """A state of another shape, written with the authors' names from one of ours."""
+    builder = (
+        ConvMAE()
+        .input((32, 32))
+        .stages(
+            ConvStage(dim=4, depth=3, stride=(2, 2), kernel=(7, 7), mlp_ratio=8.0),
+            ConvStage(dim=6, depth=1, stride=(4, 4), kernel=(3, 3), mlp_ratio=8.0),
+            AttentionStage(dim=8, depth=2, stride=(2, 2), heads=2, mlp_ratio=3.0),
+        )
+        .decode(dim=12, depth=3, heads=4, mlp_ratio=8.0)
+    )
+    model = builder.build()
+    theirs = official_names(model)
+    again = official.load(theirs, heads=2, decoder_heads=4)
+    assert again.builder == builder
+    assert weights(again).equal(weights(model))
+
+
+def official_names(model: MaskedAutoencoder) -> State:
+    """Ours under the authors' names and shapes, written out by hand: three stages, a decoder, fusion."""
+    renames = [
+        ("trunk.stages.2.linear.", "patch_embed4."),
+        *((f"trunk.stages.{i}.embedding.", f"patch_embed{i + 1}.proj.") for i in range(3)),
+        *((f"trunk.stages.{i}.norm.", f"patch_embed{i + 1}.norm.") for i in range(3)),
+        *((f"trunk.stages.{i}.blocks.", f"blocks{i + 1}.") for i in range(3)),
+        ("trunk.stages.2.positions", "pos_embed"),
+        ("fusion.0.", "stage1_output_decode."),
+        ("fusion.1.", "stage2_output_decode."),
+        ("decoder.mask_token", "mask_token"),
+        ("decoder.embedding.", "decoder_embed."),
+        ("decoder.positions", "decoder_pos_embed"),
+        ("decoder.blocks.", "decoder_blocks."),
+        ("decoder.norm.", "decoder_norm."),
+        ("decoder.head.", "decoder_pred."),
+        (".into.", ".conv1."),
+        (".depthwise.", ".attn."),
+        (".attention.qkv.", ".attn.qkv."),
+        (".attention.out.", ".attn.proj."),
+        (".mlp.0.", ".mlp.fc1."),
+        (".mlp.2.", ".mlp.fc2."),
+    ]
+    theirs: State = {}
+    for name, tensor in model.state_dict().items():
+        convolution = name.startswith(("trunk.stages.0.blocks", "trunk.stages.1.blocks"))
+        if convolution:
+            name = name.replace(".out.", ".conv2.")
+            if tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+        if "positions" in name:
+            tensor = tensor.flatten(0, -2).unsqueeze(0)
+        for ours, official_name in renames:
+            name = name.replace(ours, official_name)
+        theirs[name] = tensor
+    return theirs
+
+
+# --- wrappings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "module"])
+def test_prefixes_and_wrappers_are_taken_off(state: State, prefix: str, key: str | None) -> None:
+    wrapped: dict[str, Any] = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    if key:
+        wrapped = {key: wrapped, "epoch": 3, "optimizer": {"state": {}}}
+    assert weights(load(wrapped)).equal(weights(load(state)))
+
+
+def test_a_file_and_a_path_as_text_load_as_the_dict_does(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "pretrained.pth"
+    torch.save({"model": state, "epoch": 1599}, path)
+    for source in (path, str(path)):
+        assert weights(load(source)).equal(weights(load(state)))
+
+
+def test_a_file_of_the_authors_training_script_with_its_arguments_loads(state: State, tmp_path: Path) -> None:
+    """Their script saves `args`, an argparse.Namespace of plain values, beside the model."""
+    path = tmp_path / "checkpoint-199.pth"
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4, model="convmae"), "epoch": 199}, path)
+    assert weights(load(path)).equal(weights(load(state)))
+
+
+def test_half_precision_weights_are_taken_at_their_values(state: State) -> None:
+    half = {name: tensor.half() for name, tensor in state.items()}
+    model = load(half)
+    assert next(model.parameters()).dtype == torch.float32
+    expected = load({name: tensor.float() for name, tensor in half.items()})
+    assert weights(model).equal(weights(expected))
+
+
+def test_loading_leaves_the_source_and_the_random_state_alone(state: State) -> None:
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    before = torch.get_rng_state()
+    model = load(state)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.get_rng_state().equal(before)
+    for name, tensor in state.items():
+        assert tensor.equal(copies[name]), name
+
+
+def test_channels_last_weights_load(state: State) -> None:
+    last = {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in state.items()
+    }
+    assert weights(load(last)).equal(weights(load(state)))
+
+
+# --- what is missing --------------------------------------------------------------------------------------------
+
+
+def test_a_first_release_without_mask_token_and_fusion_loads_without_fusion(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {name: tensor for name, tensor in state.items() if name != "mask_token" and not name.startswith("stage")}
+    with caplog.at_level(logging.INFO):
+        model = load(first)
+    assert not model.builder.fusion
+    assert len(model.fusion) == 0
+    assert f"used {len(first)} tensors of {len(first)} in the file" in caplog.messages
+    assert "missing, left as initialised: decoder.mask_token" in caplog.messages
+    assert model(torch.randn(1, 3, 224, 224))["loss"].isfinite()
+
+
+def test_a_whole_file_is_used_whole_and_nothing_is_said_to_be_missing(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        load(state)
+    assert caplog.messages == [f"used {len(state)} tensors of {len(state)} in the file"]
+
+
+def test_unexpected_names_are_named(state: State, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load({**state, "stranger.weight": torch.zeros(3)})
+    assert f"used {len(state)} tensors of {len(state) + 1} in the file" in caplog.messages
+    assert "unexpected, not used: stranger.weight" in caplog.messages
+
+
+def test_an_encoder_without_a_decoder_loads_and_names_what_is_missing(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = {n: t for n, t in state.items() if not n.startswith("decoder_") and n != "mask_token"}
+    model = official.load(encoder, heads=4)
+    assert isinstance(model, MaskedAutoencoder)
+    assert "decoder.blocks.0.attention.qkv.weight" in caplog.text
+    assert model.trunk.state_dict().keys() == load(state).trunk.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patch_embed2.proj.weight",
+        "patch_embed4.bias",
+        "blocks1.0.attn.weight",
+        "blocks1.0.conv2.bias",
+        "blocks3.1.attn.qkv.weight",
+        "blocks3.0.mlp.fc1.weight",
+        "blocks2.0.norm1.weight",
+        "norm.weight",
+        "pos_embed",
+    ],
+)
+def test_an_encoder_with_a_tensor_missing_is_refused(state: State, name: str) -> None:
+    broken = {other: tensor for other, tensor in state.items() if other != name}
+    with pytest.raises(ValueError, match=r"."):
+        load(broken)
+
+
+@pytest.mark.parametrize("name", ["stage2_output_decode.weight", "stage1_output_decode.bias"])
+def test_half_of_the_fusion_is_refused(state: State, name: str) -> None:
+    """No release is like that; left as initialised, random convolutions would be added to trained features."""
+    broken = {other: tensor for other, tensor in state.items() if other != name}
+    with pytest.raises(ValueError, match="poor match"):
+        load(broken)
+
+
+@pytest.mark.parametrize("name", ["decoder_blocks.1.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias"])
+def test_half_of_a_decoder_is_refused(state: State, name: str) -> None:
+    broken = {other: tensor for other, tensor in state.items() if other != name}
+    with pytest.raises(ValueError, match="poor match"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks3.0.attn.qkv.weight", "blocks1.0.mlp.fc2.weight", "patch_embed4.weight", "decoder_pred.weight"]
+)
+def test_a_tensor_of_another_shape_is_refused_by_name(state: State, name: str) -> None:
+    with pytest.raises(ValueError, match=r"the file has|poor match"):
+        load({**state, name: state[name][:-1]})
+
+
+def test_a_transposed_tensor_is_refused_and_not_read_in_another_order(state: State) -> None:
+    """As many values, another shape: a view would scramble them."""
+    name = "blocks3.0.attn.qkv.weight"
+    with pytest.raises(ValueError, match=r"the file has|poor match"):
+        load({**state, name: state[name].T.contiguous()})
+
+
+def test_a_head_without_a_bias_is_refused(classifier_state: State) -> None:
+    broken = {name: tensor for name, tensor in classifier_state.items() if name != "head.bias"}
+    with pytest.raises(ValueError, match=r"a poor match: the file lacks head\.bias"):
+        official.load(broken, heads=4)
+
+
+def test_other_models_are_refused_with_how_they_begin(state: State) -> None:
+    with pytest.raises(ValueError, match=r"not a ConvMAE checkpoint: it has no patch_embed1.*begins with cls, fc"):
+        official.load({"cls": torch.zeros(1), "fc": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not a ConvMAE checkpoint"):
+        official.load({})
+    with pytest.raises(ValueError, match=r"class token \(ConvMAE v2\)"):
+        load({**state, "cls_token": torch.zeros(1, 1, 48)})
+
+
+def test_a_width_that_tells_no_heads_asks_for_them(state: State, classifier_state: State) -> None:
+    with pytest.raises(ValueError, match=r"no shape tells the heads of a stage 48 wide: give heads=\.\.\."):
+        official.load(state)
+    with pytest.raises(ValueError, match="heads"):
+        official.load(classifier_state)
+
+
+def test_the_published_widths_know_their_heads() -> None:
+    for builder in (ConvMAE.small(), ConvMAE.base(), ConvMAE.large(), ConvMAE.huge()):
+        last = builder.trunk[-1]
+        assert isinstance(last, AttentionStage)
+        assert official.KNOWN_HEADS[last.dim] == last.heads
+
+
+def test_heads_that_do_not_divide_are_refused(state: State) -> None:
+    with pytest.raises(ValueError, match="dim 48 is not divisible by heads 7"):
+        official.load(state, heads=7, decoder_heads=4)
+    with pytest.raises(ValueError, match="dim 32 is not divisible by heads 5"):
+        official.load(state, heads=4, decoder_heads=5)
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_a_head_gives_a_classifier_with_the_pooling_of_its_norm(classifier_state: State) -> None:
+    model = official.load(classifier_state, heads=4)
+    assert isinstance(model, Classifier)
+    assert model.builder.classes == explanation("convvit_tiny")["constructor"]["num_classes"]
+    assert model.pooling == "mean"
+    token = {name.replace("fc_norm.", "norm."): tensor for name, tensor in classifier_state.items()}
+    model = official.load(token, heads=4)
+    assert isinstance(model, Classifier)
+    assert model.pooling == "token"
+
+
+def test_a_classifiers_positions_are_trained(classifier_state: State) -> None:
+    model = official.load(classifier_state, heads=4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Unpickled by an incautious reader, it leaves a folder behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_malicious_file_executes_nothing(state: State, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    torch.save({"model": state, "args": Malicious(trace)}, tmp_path / "theirs.pth")
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
+        load(tmp_path / "theirs.pth")
+    assert not trace.exists()
+
+
+def test_files_that_are_missing_or_hold_something_else_say_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        official.load(tmp_path / "none.pth")
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth holds a list, not a state dict"):
+        official.load(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: b"hello"],
+    ids=["empty", "half", "text"],
+)
+def test_a_damaged_file_is_refused_by_name(state: State, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pth"
+    torch.save(state, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"damaged\.pth"):
+        load(path)
