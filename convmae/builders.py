@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from .grids import Grid, product
 from .masking import Masking
@@ -36,9 +37,7 @@ def _require(holds: bool, what: str, given: object) -> None:
 def _require_counts(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(
-            isinstance(value, int) and value >= 1, f"{type(owner).__name__}: {name} is a positive int", value
-        )
+        _require(isinstance(value, int) and value >= 1, f"{type(owner).__name__}: {name} is a positive int", value)
 
 
 def _sides(owner: str, name: str, sides: Sequence[int], *, least: int = 1) -> Grid:
@@ -183,7 +182,11 @@ class MAE:
 
     def stages(self: B, *stages: Stage) -> B:
         """Make the trunk of these stages, `ConvStage(...)` and `AttentionStage(...)`, first to last."""
-        _require(bool(stages), ".stages(...) takes one stage or more", stages)
+        _require(
+            bool(stages) and all(isinstance(stage, ConvStage | AttentionStage) for stage in stages),
+            ".stages(...) takes one stage or more, ConvStage(...) and AttentionStage(...), each an argument of its own",
+            stages,
+        )
         return replace(self, trunk=stages)
 
     def patch(self: B, patch: int | Sequence[int]) -> B:
@@ -247,7 +250,14 @@ class MAE:
         Raises:
             ValueError: parts do not fit each other; the message lists all that do not, and the calls to change.
         """
-        self._check([*self._trunk_problems(), *self._decoder_problems(), *self._masking_problems()])
+        self._check(
+            [
+                *self._trunk_problems(),
+                *self._decoder_problems(),
+                *self._masking_problems(),
+                *self._target_problems(),
+            ]
+        )
         decoder = DecoderModule(
             self.trunk[-1].dim,
             self.decoder.dim,
@@ -268,7 +278,7 @@ class MAE:
         """The trunk alone, with torch's default initialisation. Raises ValueError as `build` does."""
         self._check(self._trunk_problems())
         depths = [stage.depth for stage in self.trunk]
-        rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device="cpu").tolist())
         modules: list[ConvolutionStage | AttentionStageModule] = []
         channels, cells = self.channels, self.size
         for number, stage in enumerate(self.trunk):
@@ -338,17 +348,30 @@ class MAE:
         verb = f".mask({self.masking!r})"
         try:
             mask = self.masking(2, self.grid, torch.Generator().manual_seed(0))
-        except ValueError as problem:
+        except (TypeError, ValueError) as problem:
             return [f"{verb}: {problem}"]
-        if mask.dtype != torch.bool or tuple(mask.shape) != (2, *self.grid):
-            return [
-                f"{verb} must give boolean masks (batch, {', '.join(map(str, self.grid))}); "
-                f"it gave {mask.dtype} {tuple(mask.shape)}"
-            ]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (2, *self.grid):
+            return [f"{verb} must give boolean masks (batch, {', '.join(map(str, self.grid))}); it gave {_kind(mask)}"]
         hidden, tokens = mask.flatten(1).sum(1).tolist(), mask[0].numel()
         if hidden[0] != hidden[1] or not 0 < hidden[0] < tokens:
             return [
                 f"{verb} must hide some tokens but not all, equally many in every sample; of {tokens} it hid {hidden}"
+            ]
+        return []
+
+    def _target_problems(self) -> list[str]:
+        """Try the target on a few patches."""
+        verb, pixels = f".predict({self.target!r})", math.prod(self.stride)
+        values = self.target.values(pixels, self.channels)
+        if not isinstance(values, int) or values < 1:
+            return [f"{verb}: values(pixels, channels) must be a positive int; it gave {values!r}"]
+        try:
+            target = self.target(torch.zeros(2, 3, pixels, self.channels, device="cpu"))
+        except (TypeError, ValueError, RuntimeError) as problem:
+            return [f"{verb}: {problem}"]
+        if not isinstance(target, Tensor) or tuple(target.shape) != (2, 3, values):
+            return [
+                f"{verb} must give (B, L, {values}) for patches (B, L, P, C); for B = 2, L = 3 it gave {_kind(target)}"
             ]
         return []
 
@@ -379,14 +402,16 @@ class MAE:
                 yield verb(getattr(self, name))
 
 
+def _kind(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def _attention_problems(where: str, dim: int, heads: int, axes: int) -> list[str]:
     problems = []
     if dim % heads:
         problems.append(f"{where}: dim {dim} is not divisible by heads {heads}")
     if dim % 2 or dim < 2 * axes:
-        problems.append(
-            f"{where}: dim {dim} must be even and at least {2 * axes}, for positions on {axes} axes"
-        )
+        problems.append(f"{where}: dim {dim} must be even and at least {2 * axes}, for positions on {axes} axes")
     return problems
 
 
@@ -474,9 +499,7 @@ class Classifier:
 
     def build(self) -> ClassifierModule:
         """The module, initialised for finetuning (ConvMAE's code). Raises ValueError as the backbone's `build`."""
-        model = ClassifierModule(
-            self.backbone.build_trunk(), self.classes, pooling=self.pooling, dropout=self.dropout
-        )
+        model = ClassifierModule(self.backbone.build_trunk(), self.classes, pooling=self.pooling, dropout=self.dropout)
         initialisation.for_finetuning(model, head_std=self.head_std)
         model.builder = self
         return model

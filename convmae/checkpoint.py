@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,26 +30,33 @@ def save(path: str | Path, model: nn.Module, **state: Any) -> None:
         state: tensors and plain data, as the optimiser's state and the progress.
 
     Raises:
-        ValueError: the model came from no builder.
+        ValueError: the model came from no builder, or the state is not tensors and plain data, or takes a name of ours.
         OSError: the disk is full, or the folder cannot be written; the previous file is as it was.
     """
     builder = getattr(model, "builder", None)
     if builder is None:
-        raise ValueError(
-            "this model came from no builder, so a checkpoint could not build it again: use .build()"
-        )
-    content = {"format": FORMAT, "builder": to_plain(builder), "weights": model.state_dict(), **state}
-    write_atomically(Path(path), content)
+        raise ValueError("this model came from no builder, so a checkpoint could not build it again: use .build()")
+    content = {"format": FORMAT, "builder": to_plain(builder), "weights": model.state_dict()}
+    if taken := content.keys() & state.keys():
+        raise ValueError(f"a checkpoint keeps {', '.join(sorted(taken))} itself: give the state another name")
+    write_atomically(Path(path), {**content, **state})
 
 
 def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` to a temporary file beside the path, flushed to the disk, then renamed over it."""
+    """`torch.save` to a temporary file beside the path, flushed to the disk, read back, then renamed over it.
+
+    Raises ValueError where the content could not be read again without running code from the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
+        try:
+            torch.load(temporary, weights_only=True, mmap=True, map_location="cpu")
+        except pickle.UnpicklingError as problem:
+            raise ValueError(f"a checkpoint keeps tensors and plain data only: {_first_line(problem)}") from problem
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,19 +77,42 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises half a dozen kinds for a damaged file
-        first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first}") from problem
+    content = read_file(path)
     if not isinstance(content, dict) or "builder" not in content or "weights" not in content:
         raise ValueError(
             f"{path} is not a checkpoint of this framework; for the authors' weights use convmae.official.load"
         )
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content['format']}, this version reads {FORMAT}")
-    content["builder"] = from_plain(content["builder"])
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {content.get('format')}, this version reads {FORMAT}")
+    try:
+        content["builder"] = from_plain(content["builder"])
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from problem
+    if not hasattr(content["builder"], "build"):
+        raise ValueError(f"{path} names {type(content['builder']).__name__} as its builder, which builds nothing")
     return content
+
+
+def read_file(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, without running code from the file.
+
+    Raises ValueError where the file is damaged, by its checksums too, or holds more than tensors and plain data.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it is damaged")
+        # The authors' own checkpoints keep their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(problem)}") from problem
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def load(path: str | Path) -> Any:
@@ -92,7 +125,10 @@ def load(path: str | Path) -> Any:
     content = read(path)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random state stays
         model = content["builder"].build()
-    model.load_state_dict(content["weights"])
+    try:
+        load_weights(model, content["weights"])
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from problem
     return model.eval()
 
 
@@ -102,6 +138,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names are missing or unexpected, or another tensor than positions has another shape.
     """
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError("weights are tensors by name")
     own = model.state_dict()
     fitted: dict[str, Tensor] = {}
     problems = [f"missing: {name}" for name in own if name not in weights]

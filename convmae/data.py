@@ -127,9 +127,7 @@ class Stream:
         size = self.micro_batch or max(1, len(own))
         return [own[at : at + size] for at in range(0, len(own), size)] or [[]]
 
-    def batches(
-        self, start: int, stop: int, *, workers: int, pin_memory: bool = False
-    ) -> Iterator[list[Batch]]:
+    def batches(self, start: int, stop: int, *, workers: int, pin_memory: bool = False) -> Iterator[list[Batch]]:
         """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one)."""
         loader: DataLoader[Any] = DataLoader(
             _Numbered(self),

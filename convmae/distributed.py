@@ -31,9 +31,7 @@ class World:
         """The model with its gradients averaged over all processes."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None
-        )
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -32,7 +32,7 @@ def cut(x: Tensor, tile: Sequence[int], *, first: int = 1) -> Tensor:
     shape = x.shape[first : first + axes]
     for axis in reversed(range(axes)):
         assert shape[axis] % tile[axis] == 0, (tuple(x.shape), tuple(tile))
-        x = x.unflatten(first + axis, (shape[axis] // tile[axis], tile[axis]))
+        x = torch.unflatten(x, first + axis, (shape[axis] // tile[axis], tile[axis]))
     tail = range(first + 2 * axes, x.ndim)
     outer, inner = range(first, first + 2 * axes, 2), range(first + 1, first + 2 * axes, 2)
     return x.permute(*range(first), *outer, *inner, *tail)
@@ -48,10 +48,8 @@ def patches(x: Tensor, patch: Sequence[int]) -> Tensor:
 def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     """The inverse of `patches`: `(B, L, P, C) -> (B, C, *size)` with `size = grid · patch`."""
     axes = len(patch)
-    x = patches.unflatten(2, tuple(patch)).unflatten(1, tuple(grid))
-    order = [
-        axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair
-    ]
+    x = torch.unflatten(torch.unflatten(patches, 2, tuple(patch)), 1, tuple(grid))
+    order = [axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair]
     x = x.permute(0, 1 + 2 * axes, *order)
     for axis in range(axes):
         x = x.flatten(2 + axis, 3 + axis)
@@ -72,24 +70,30 @@ class Shown:
         ValueError: the mask is not boolean, is not on the grid, or hides unequal counts.
     """
 
-    def __init__(
-        self, grid: Sequence[int], mask: Tensor | None = None, *, device: torch.device | None = None
-    ):
+    def __init__(self, grid: Sequence[int], mask: Tensor | None = None, *, device: torch.device | None = None):
         self.grid = tuple(grid)
         self.index: Tensor | None = None
         self._neighbours: dict[tuple[Grid, Grid], Tensor] = {}
         if mask is not None:
             self.index = shown_tokens(mask, self.grid).to(device or mask.device, non_blocking=True)
 
+    @property
+    def count(self) -> int:
+        """V, the shown tokens of a sample."""
+        return math.prod(self.grid) if self.index is None else self.index.shape[1]
+
     def take(self, volume: Tensor) -> Tensor:
         """The shown tokens' tiles of a map: `(B or 1, *cells, C) -> (B, V, *tile, C)`.
 
         Reads nothing of the hidden ones, so neither their values nor their gradients exist for what follows.
+        Raises ValueError for a map of another batch size.
         """
         if self.index is None:
             return volume.unsqueeze(1)
+        if volume.shape[0] not in (1, len(self.index)):
+            raise ValueError(f"the mask is for {len(self.index)} samples, the input has {volume.shape[0]}")
         tile = quotient(volume.shape[1:-1], self.grid)
-        batch = torch.arange(self.index.shape[0], device=volume.device) % volume.shape[0]
+        batch = torch.arange(len(self.index), device=volume.device) % volume.shape[0]
         return cut(volume, tile)[batch[:, None], *self._coordinates()]
 
     def neighbours(self, tile: Grid, kernel: Grid) -> Tensor | None:

@@ -125,16 +125,14 @@ class Job:
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         if len(visible) > 1:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible[tasks.local_rank]
-        if os.environ["SUBMITIT_EXECUTOR"] == "local":
-            self._heed_the_launcher(tasks.local_world_size)
-        fit(self.run)
-
-    def _heed_the_launcher(self, tasks: int) -> None:
-        """Ctrl-C in the terminal is for the launcher, which then asks every process to stop by SIGTERM."""
-        os.setpgrp()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() // tasks))
+            share = max(1, (os.cpu_count() or 1) // tasks.local_world_size)
+            torch.set_num_threads(min(torch.get_num_threads(), share))
+        if os.environ["SUBMITIT_EXECUTOR"] == "local":
+            # Ctrl-C in the terminal is for the launcher, which then asks every process to stop by SIGTERM.
+            os.setpgrp()
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens
+        fit(self.run)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when the job is interrupted: the same."""
@@ -174,6 +172,9 @@ def _launch(recipe: str, arguments: list[str]) -> int:
     if place.gpus == 0 and run.device == "auto":
         run = replace(run, device="cpu")
     _check(run, place)
+    if place.gpus == 0:
+        # Threads that wait for each other sleep: where processes share CPUs, spinning cost 18 times the work.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if place.partition is not None:
         return _on_slurm(run, _request(launch, slurm, run, place, place.partition), dry_run=launch.dry_run)
     if launch.dry_run:
@@ -672,7 +673,7 @@ def _on_this_machine(run: Pretrain, place: Place) -> int:
     executor.update_parameters(
         tasks_per_node=place.tasks,
         gpus_per_node=place.gpus,
-        visible_gpus=[int(gpu) for gpu in visible] if place.gpus else [],
+        visible_gpus=tuple(int(gpu) for gpu in visible) if place.gpus else (),
         timeout_min=_ENDLESS,
         stderr_to_stdout=True,
     )
@@ -706,10 +707,13 @@ class _Following:
         self._show()
         with contextlib.suppress(OSError):  # submitit also makes a folder of the unfilled name
             (self.job.paths.folder.parent / "%j").rmdir()
-        for rank, said in self._failed().items():
+        if self.interrupts:
+            return 130
+        failed = self._failed(ended=True)
+        for rank, said in failed.items():
             print(said if rank else "", end="", file=sys.stderr)
             print(f"{_program()}: process {rank} failed: {self.job.task(rank).paths.stdout}", file=sys.stderr)
-        return 130 if self.interrupts else 1 if self._failed(ended=True) else 0
+        return 1 if failed else 0
 
     def _interrupt(self, number: int, frame: object) -> None:
         self.interrupts += 1

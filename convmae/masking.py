@@ -51,12 +51,11 @@ class BlockMasking:
     rounding: Rounding = "keep"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(self.block))
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio is the share of tokens to hide, between 0 and 1; got {self.ratio!r}")
         if any(side is not None and side < 1 for side in self.block):
-            raise ValueError(
-                f"block sides are positive numbers of tokens, or None for an axis; got {self.block!r}"
-            )
+            raise ValueError(f"block sides are positive numbers of tokens, or None for an axis; got {self.block!r}")
         if self.rounding not in ("keep", "hide"):
             raise ValueError(f'rounding is "keep" or "hide"; got {self.rounding!r}')
 
@@ -70,7 +69,7 @@ class BlockMasking:
             ValueError: the block does not fit the grid, or the ratio would hide everything or nothing on it.
         """
         coarse = self._blocks(grid)
-        return self.from_noise(torch.rand(batch, math.prod(coarse), generator=generator), grid)
+        return self.from_noise(torch.rand(batch, math.prod(coarse), generator=generator, device="cpu"), grid)
 
     def from_noise(self, noise: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The mask that hides the blocks of largest noise: `(B, blocks) -> (B, *grid)`. For tests and replays."""
@@ -84,18 +83,14 @@ class BlockMasking:
     def _blocks(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         block = self.block or (1,) * len(grid)
         if len(block) != len(grid):
-            raise ValueError(
-                f"block {self.block} has {len(block)} axes, the token grid {grid} has {len(grid)}"
-            )
+            raise ValueError(f"block {self.block} has {len(block)} axes, the token grid {grid} has {len(grid)}")
         sides = [size if side is None else side for side, size in zip(block, grid, strict=True)]
         if any(size % side for side, size in zip(sides, grid, strict=True)):
             raise ValueError(f"block {self.block} does not divide the token grid {grid}")
         return tuple(size // side for side, size in zip(sides, grid, strict=True))
 
     def _kept(self, blocks: int, grid: tuple[int, ...]) -> int:
-        kept = (
-            int(blocks * (1 - self.ratio)) if self.rounding == "keep" else blocks - int(blocks * self.ratio)
-        )
+        kept = int(blocks * (1 - self.ratio)) if self.rounding == "keep" else blocks - int(blocks * self.ratio)
         if not 0 < kept < blocks:
             what = "everything" if kept == 0 else "nothing"
             raise ValueError(f"ratio {self.ratio} of {blocks} blocks hides {what} on the token grid {grid}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .builders import AttentionStage, Classifier, ConvMAE, ConvStage
-from .checkpoint import load_weights
+from .checkpoint import load_weights, read_file
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.masked_autoencoder import MaskedAutoencoder
 
@@ -23,7 +23,6 @@ KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}
 """Heads of the last stage by its width, in the published sizes."""
 
 _PREFIXES = ("module.", "_orig_mod.")
-_OPTIONAL = ("decoder.mask_token", "fusion.")  # not in the authors' first release
 
 
 def load(
@@ -52,14 +51,14 @@ def load(
     state = _strip(_read(source))
     if "patch_embed1.proj.weight" not in state:
         raise ValueError(
-            "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with "
-            + ", ".join(list(state)[:5])
+            "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with " + ", ".join(list(state)[:5])
         )
     if "cls_token" in state:
-        raise ValueError(
-            "this checkpoint has a class token (ConvMAE v2), which this loader does not read yet"
-        )
-    backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
+        raise ValueError("this checkpoint has a class token (ConvMAE v2), which this loader does not read yet")
+    try:
+        backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
+    except KeyError as missing:
+        raise ValueError(f"a poor match: the file lacks {missing.args[0]}") from missing
     builder: ConvMAE | Classifier = backbone
     if "head.weight" in state:
         pooling = pooling or ("mean" if "fc_norm.weight" in state else "token")
@@ -80,7 +79,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Any]:
         return source
     if not Path(source).is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
-    content = torch.load(source, map_location="cpu", weights_only=True)
+    content = read_file(Path(source))
     if not isinstance(content, Mapping):
         raise ValueError(f"{source} holds a {type(content).__name__}, not a state dict")
     return content
@@ -117,9 +116,7 @@ def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int
         own_heads = heads or KNOWN_HEADS.get(dim)
         if own_heads is None:
             raise ValueError(f"no shape tells the heads of a stage {dim} wide: give heads=...")
-        trunk.append(
-            AttentionStage(dim=dim, depth=depth, stride=stride, heads=own_heads, mlp_ratio=mlp_ratio)
-        )
+        trunk.append(AttentionStage(dim=dim, depth=depth, stride=stride, heads=own_heads, mlp_ratio=mlp_ratio))
     builder = ConvMAE().stages(*trunk)
     side = math.isqrt(state["pos_embed"].shape[1])
     if side * side != state["pos_embed"].shape[1]:
@@ -187,17 +184,28 @@ def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tenso
         if name not in own:
             unexpected.append(official)
             continue
-        same_count = tensor.numel() == own[name].numel()  # 1x1 convolutions, and positions as a list
-        renamed[name] = tensor.view(own[name].shape) if same_count else tensor
+        renamed[name] = _reshape(name, tensor, own[name].shape)
     missing = [name for name in own if name not in renamed]
     _log.info("used %d tensors of %d in the file", len(renamed), len(state))
     if missing:
         _log.warning("missing, left as initialised: %s", ", ".join(missing))
     if unexpected:
         _log.warning("unexpected, not used: %s", ", ".join(unexpected))
-    needed = [name for name in missing if not name.startswith(_OPTIONAL)]
-    if any(name.startswith("trunk.") or not name.startswith("decoder.") for name in needed):
+    without_decoder = all(not name.startswith("decoder.") for name in renamed)
+    needed = [
+        name
+        for name in missing
+        if name != "decoder.mask_token" and not (without_decoder and name.startswith("decoder."))
+    ]
+    if needed:
         raise ValueError(
             f"a poor match: the file lacks {', '.join(needed)}; it has {', '.join(unexpected) or 'no others'}"
         )
     load_weights(model, {**{name: own[name] for name in missing}, **renamed})
+
+
+def _reshape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Positions from a list `(1, L, D)` to the grid, and 1x1 convolutions to matrices; anything else as it is."""
+    a_list = name.endswith("positions") and tensor.shape == (1, math.prod(shape[:-1]), shape[-1])
+    pointwise = tensor.shape == (*shape, *[1] * (tensor.ndim - len(shape)))
+    return tensor.reshape(shape) if a_list or pointwise else tensor

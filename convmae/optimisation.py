@@ -13,7 +13,8 @@ UNDECAYED = ("positions", "mask_token", "class_token")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of the trained parameters: norms, biases, positions and tokens without decay, the rest with it."""
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name.rpartition(".")[2] in UNDECAYED

@@ -20,10 +20,10 @@ def to_plain(value: object) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = f"{type(value).__module__}:{type(value).__qualname__}"
+        if not _is_frozen(type(value)):
+            raise TypeError(f"{name} must be @dataclass(frozen=True) to be kept: it would not be built again")
         if "<locals>" in name:
-            raise TypeError(
-                f"{name} is defined inside a function: a checkpoint could not find it; move it to a module"
-            )
+            raise TypeError(f"{name} is defined inside a function: a checkpoint could not find it; move it to a module")
         fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class": name, "fields": fields}
     if isinstance(value, tuple):
@@ -32,9 +32,7 @@ def to_plain(value: object) -> Any:
         return {"path": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"cannot keep {value!r} as plain data: use frozen dataclasses of numbers, strings and tuples"
-    )
+    raise TypeError(f"cannot keep {value!r} as plain data: use frozen dataclasses of numbers, strings and tuples")
 
 
 def from_plain(data: Any) -> Any:
@@ -49,14 +47,20 @@ def from_plain(data: Any) -> Any:
         return data
     if "path" in data:
         return Path(data["path"])
+    if not (isinstance(data.get("class"), str) and isinstance(data.get("fields"), dict)):
+        raise ValueError(f"no plain form of a dataclass: {data!r}")
     name = data["class"]
     kind = _import(name)
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    if not _is_frozen(kind):
         raise ValueError(f"{name} is not a frozen dataclass, so it is not built from a file")
     try:
         return kind(**{field: from_plain(value) for field, value in data["fields"].items()})
     except TypeError as mismatch:
         raise ValueError(f"{name} has changed since this was written: {mismatch}") from mismatch
+
+
+def _is_frozen(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 def _import(name: str) -> Any:

@@ -74,7 +74,7 @@ class Pixels:
 
     def invert(self, values: Tensor, patches: Tensor) -> Tensor:
         """`(B, L, P·C) -> (B, L, P, C)`, ImageNet-normalised."""
-        pixels = values.unflatten(2, patches.shape[2:])
+        pixels = torch.unflatten(values, 2, patches.shape[2:])
         if not self.unit:
             return pixels
         mean, std = _statistics(pixels, axis=-1)
@@ -109,7 +109,7 @@ class NormalizedPixels:
     def invert(self, values: Tensor, patches: Tensor) -> Tensor:
         """`(B, L, P·C) -> (B, L, P, C)`, ImageNet-normalised, with mean and variance of the input's own patches."""
         mean, scale = self._moments(patches)
-        pixels = values.unflatten(2, patches.shape[2:]) * scale + mean
+        pixels = torch.unflatten(values, 2, patches.shape[2:]) * scale + mean
         if not self.per_channel:
             return pixels
         channel_mean, channel_std = _statistics(pixels, axis=-1)

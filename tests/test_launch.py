@@ -176,7 +176,8 @@ def command(desk: Path, name: str, does: str) -> None:
 def asked(out: str) -> dict[str, str]:
     """What a dry run says would be asked of SLURM."""
     lines = out.partition("dry run")[2].splitlines()[1:]
-    return {name: value for name, value in (line.split(maxsplit=1) for line in lines)}
+    pairs = (line.split(maxsplit=1) for line in lines)
+    return {name: value.strip() for name, value in pairs}
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -258,7 +259,10 @@ def test_a_misspelt_flag_ends_with_exit_code_2_and_a_suggestion(says: Says) -> N
 @pytest.mark.parametrize(
     ("recipe", "complaints"),
     [
-        ("lab_recipes:tinny", ["has no 'tinny'", "Recipes in lab_recipes: at_home,", "Did you mean --recipe lab_recipes:tiny?"]),
+        (
+            "lab_recipes:tinny",
+            ["has no 'tinny'", "Recipes in lab_recipes: at_home,", "Did you mean --recipe lab_recipes:tiny?"],
+        ),
         ("lab_recipe:tiny", ["there is no module 'lab_recipe'", "Did you mean lab_recipes?"]),
         ("video.recipe:demo", ["there is no module 'video.recipe' in video", "Did you mean video.recipes?"]),
         ("lab_recipes", ["names no function: write module:function", "placed, tiny"]),
@@ -269,7 +273,7 @@ def test_a_misspelt_flag_ends_with_exit_code_2_and_a_suggestion(says: Says) -> N
         ("lab_broken:tiny", ["importing lab_broken failed at", "lab_broken.py, line 1", "not_there_at_all"]),
         ("json:tool", ["json has no 'tool'", "json has no recipes"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_recipe_is_one_clear_error(says: Says, recipe: str, complaints: list[str]) -> None:
     code, out, err = says("--recipe", recipe)
     assert (code, out) == (2, "")
@@ -439,6 +443,7 @@ def test_nodes_without_gpus_get_one_process_with_all_their_cpus(desk: Path, says
     out = says("--nodes", "4", "--dry-run")[1]
     assert place(out) == "slurm: it answers; 4 of partition cpu's nodes, without GPUs"
     assert {"tasks-per-node": "1", "cpus-per-task": "128"}.items() <= asked(out).items()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "gpus-per-node" not in asked(out)
 
 
@@ -552,16 +557,40 @@ def test_a_process_of_a_job_knows_the_others_and_sees_its_own_gpu() -> None:
         "CUDA_VISIBLE_DEVICES": "4,5",
     }
     run = launch.find_recipe("lab_recipes:tiny")[0]
-    with mock.patch.dict(os.environ, job), mock.patch.object(launch, "fit") as fit:
+    with (
+        mock.patch.dict(os.environ, job),
+        mock.patch.object(launch, "fit") as fit,
+        mock.patch.object(os, "cpu_count", return_value=2),
+        mock.patch.object(torch, "set_num_threads") as threads,
+    ):
         Job(run)()
         given = dict(os.environ)
     fit.assert_called_once_with(run)
+    threads.assert_called_once_with(1)
     assert (given["RANK"], given["WORLD_SIZE"], given["LOCAL_RANK"]) == ("3", "4", "1")
     assert (given["MASTER_ADDR"], given["CUDA_VISIBLE_DEVICES"]) == ("node1", "5")
     assert 1024 < int(given["MASTER_PORT"]) < 65536
 
 
 # ---- several processes on this machine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variable", "given"), [(None, "0,1"), ("4,5,6", "4,5")])
+def test_processes_on_this_machine_get_the_gpus_that_the_launcher_sees(
+    says: Says, monkeypatch: pytest.MonkeyPatch, variable: str | None, given: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if variable:
+        os.environ["CUDA_VISIBLE_DEVICES"] = variable
+    started = mock.Mock(side_effect=InterruptedError)
+    with (
+        mock.patch("submitit.local.local.start_controller", started),
+        mock.patch.object(signal, "signal"),
+        pytest.raises(InterruptedError),
+    ):
+        says("--cluster", "local", "--gpus-per-node", "2")
+    assert (started.call_args.kwargs["cuda_devices"], started.call_args.kwargs["tasks_per_node"]) == (given, 2)
 
 
 @pytest.mark.slow

@@ -53,9 +53,7 @@ class VideoConvMAE(ConvMAE):
     @classmethod
     def small(cls: type[V]) -> V:
         """ConvMAE-S inflated; the decoder of VideoMAE-S: 192 wide, 4 deep, 3 heads. Not published."""
-        return cls(
-            trunk=_video((128, 256, 384), 11, 6, (4, 4, 4)), decoder=Decoder(dim=192, depth=4, heads=3)
-        )
+        return cls(trunk=_video((128, 256, 384), 11, 6, (4, 4, 4)), decoder=Decoder(dim=192, depth=4, heads=3))
 
     @classmethod
     def base(cls: type[V]) -> V:
@@ -65,21 +63,15 @@ class VideoConvMAE(ConvMAE):
     @classmethod
     def large(cls: type[V]) -> V:
         """ConvMAE-L inflated; the decoder of VideoMAE-L: 512 wide, 12 deep, 8 heads. Not published."""
-        return cls(
-            trunk=_video((384, 768, 1024), 23, 16, (8, 8, 4)), decoder=Decoder(dim=512, depth=12, heads=8)
-        )
+        return cls(trunk=_video((384, 768, 1024), 23, 16, (8, 8, 4)), decoder=Decoder(dim=512, depth=12, heads=8))
 
     @classmethod
     def huge(cls: type[V]) -> V:
         """ConvMAE-H inflated; the decoder of VideoMAE-H: 640 wide, 12 deep, 8 heads. Not published."""
-        return cls(
-            trunk=_video((768, 1024, 1280), 31, 16, (8, 8, 4)), decoder=Decoder(dim=640, depth=12, heads=8)
-        )
+        return cls(trunk=_video((768, 1024, 1280), 31, 16, (8, 8, 4)), decoder=Decoder(dim=640, depth=12, heads=8))
 
     @classmethod
-    def inflate(
-        cls: type[V], image: MAE, *, frames: int, tubelet: int = 2, kernel: int = TEMPORAL_KERNEL
-    ) -> V:
+    def inflate(cls: type[V], image: MAE, *, frames: int, tubelet: int = 2, kernel: int = TEMPORAL_KERNEL) -> V:
         """An image builder on clips: its stages, decoder, target, fusion, drop path and class token, on three axes.
 
         Args:
@@ -95,11 +87,10 @@ class VideoConvMAE(ConvMAE):
             ValueError: the builder is not on two axes, or a number is not positive.
         """
         if len(image.size) != 2:
-            raise ValueError(
-                f"inflate takes an image builder, of size (H, W); this one has size {image.size}"
-            )
-        return cls(
-            size=(frames, *image.size),
+            raise ValueError(f"inflate takes an image builder, of size (H, W); this one has size {image.size}")
+        sized = cls().input((frames, *image.size))
+        return replace(
+            sized,
             trunk=_inflate(image.trunk, tubelet=tubelet, kernel=kernel),
             decoder=image.decoder,
             target=image.target,

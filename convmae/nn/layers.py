@@ -111,7 +111,8 @@ class ConvolutionBlock(nn.Module):
     def forward(self, x: Tensor, shown: Shown) -> Tensor:
         """`x (B, V, *tile, C) -> (B, V, *tile, C)`."""
         x = x + self.drop_path(self.out(self.depthwise(self.into(self.norm1(x)), shown)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
 
 class Attention(nn.Module):
@@ -126,7 +127,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x (B, N, D) -> (B, N, D)`."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        x = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return x
 
 
 class AttentionBlock(nn.Module):
@@ -143,4 +145,5 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x (B, N, D) -> (B, N, D)`."""
         x = x + self.drop_path(self.attention(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x

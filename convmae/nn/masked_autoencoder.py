@@ -19,9 +19,7 @@ from .trunk import Trunk
 class Decoder(nn.Module):
     """Mask tokens in the hidden places, positions, transformer blocks, LayerNorm, Linear (MAE, section 3)."""
 
-    def __init__(
-        self, width: int, dim: int, *, depth: int, heads: int, mlp_ratio: float, grid: Grid, values: int
-    ):
+    def __init__(self, width: int, dim: int, *, depth: int, heads: int, mlp_ratio: float, grid: Grid, values: int):
         super().__init__()
         self.embedding = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -59,9 +57,7 @@ class MaskedAutoencoder(nn.Module):
     builder: Any = None
     """The builder that made it, if one did: what a checkpoint keeps to build it again."""
 
-    def __init__(
-        self, trunk: Trunk, decoder: Decoder, *, masking: Masking, target: Target, fusion: bool
-    ) -> None:
+    def __init__(self, trunk: Trunk, decoder: Decoder, *, masking: Masking, target: Target, fusion: bool) -> None:
         super().__init__()
         self.trunk = trunk
         self.decoder = decoder
@@ -78,7 +74,7 @@ class MaskedAutoencoder(nn.Module):
         return self.masking(batch, self.trunk.grid, generator)
 
     def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
-        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and of the class token `(B, 1, D)` if any."""
+        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and the class token `(B, 1, D)` or None."""
         maps, class_token = self.trunk(x, shown)
         latent = maps[-1]
         for convolution, finer in zip(self.fusion, maps, strict=False):
@@ -103,7 +99,12 @@ class MaskedAutoencoder(nn.Module):
             mask = self.draw_masks(len(x))
         if len(mask) != len(x):
             raise ValueError(f"mask is for {len(mask)} samples, the input has {len(x)}")
-        latent, class_token = self.encode(x, shown := self.trunk.shown(mask, device=x.device))
+        shown = self.trunk.shown(mask, device=x.device)
+        if not 0 < shown.count < self.trunk.length:
+            raise ValueError(
+                f"the mask shows {shown.count} of {self.trunk.length} tokens: some must be shown, some hidden"
+            )
+        latent, class_token = self.encode(x, shown)
         prediction = self.decoder(latent, shown, class_token)
         mask = mask.to(x.device, non_blocking=True)
         return {"loss": self.loss(x, prediction, mask), "prediction": prediction, "mask": mask}
@@ -112,6 +113,7 @@ class MaskedAutoencoder(nn.Module):
         """The mean over hidden patches of the mean squared error in a patch, in float32 or better: scalar."""
         precision = torch.promote_types(x.dtype, torch.float32)
         target = self.target(patches(x.to(precision), self.trunk.stride))
+        assert target.shape == prediction.shape, (target.shape, prediction.shape)
         error = (prediction.to(precision) - target).square().mean(-1)
         hidden = mask.flatten(1)
         return torch.where(hidden, error, 0).sum() / hidden.sum()
@@ -126,11 +128,9 @@ class MaskedAutoencoder(nn.Module):
             ValueError: the model's target has no `invert`.
         """
         if not hasattr(self.target, "invert"):
-            raise ValueError(
-                f"{self.target!r} has no invert(values, patches): its predictions are not pixels"
-            )
-        x = x.float()
-        original = patches(x, self.trunk.stride)
-        predicted = self.target.invert(prediction.float(), original)
+            raise ValueError(f"{self.target!r} has no invert(values, patches): its predictions are not pixels")
+        precision = torch.promote_types(x.dtype, torch.float32)
+        original = patches(x.to(precision), self.trunk.stride)
+        predicted = self.target.invert(prediction.to(precision), original)
         mixed = torch.where(mask.flatten(1)[:, :, None, None], predicted, original)
         return assemble(mixed, self.trunk.grid, self.trunk.stride)

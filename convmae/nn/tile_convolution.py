@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def tile_convolution(x: Tensor, weight: Tensor, neighbours: Tensor | None) -> Te
     """
     if neighbours is None:
         return _dense(x, weight)
-    out: Tensor = _TileConvolution.apply(x, weight, neighbours)  # type: ignore[no-untyped-call]
+    out: Tensor = _TileConvolution.apply(x, weight, neighbours)
     return out
 
 
@@ -49,14 +49,21 @@ def _dense(x: Tensor, weight: Tensor) -> Tensor:
     out: Tensor | None = None
     for tap in _taps(kernel[:lead]):
         window = tuple(slice(t, t + size) for t, size in zip(tap, tile, strict=False))
-        part = _convolve(padded[:, :, *window].flatten(0, 1 + lead), weight[:, :, *tap], padding=True)
+        part = _convolve(padded[:, :, *window].flatten(0, 1 + lead), _tap(weight, tap), padding=True)
         out = part if out is None else out + part
     assert out is not None
     return out.reshape(x.shape)
 
 
-def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _taps(kernel: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(k) for k in kernel))
+
+
+def _tap(weight: Tensor, tap: tuple[int, ...]) -> Tensor:
+    """The two-dimensional kernel at a leading tap: `(C, 1, *kernel) -> (C, 1, kh, kw)`."""
+    for place in tap:
+        weight = weight[:, :, place]
+    return weight
 
 
 def _convolve(cells: Tensor, weight: Tensor, *, padding: bool = False) -> Tensor:
@@ -73,7 +80,7 @@ class _TileConvolution(torch.autograd.Function):
         return _sparse(x, weight, neighbours)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, neighbours = ctx.saved_tensors
         axes = tuple(range(2, weight.ndim))
@@ -82,9 +89,7 @@ class _TileConvolution(torch.autograd.Function):
         return dx, dw, None
 
 
-def _halos(
-    x: Tensor, kernel: tuple[int, ...], neighbours: Tensor
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+def _halos(x: Tensor, kernel: tuple[int, ...], neighbours: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """For every leading tap, the halos of all tiles: tap, `(*leading tile sides · B·V, halo H, halo W, C)`."""
     tile, lead = x.shape[2:-1], x.ndim - 5
     cells = x.reshape(-1, x.shape[-1])
@@ -97,7 +102,7 @@ def _halos(
 def _sparse(x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     out: Tensor | None = None
     for tap, halo in _halos(x, tuple(weight.shape[2:]), neighbours):
-        part = _convolve(halo, weight[:, :, *tap])
+        part = _convolve(halo, _tap(weight, tap))
         out = part if out is None else out.add_(part)
     assert out is not None
     return _tiles_first(out, x.shape)
