@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,10 +40,13 @@ def cut(x: Tensor, tile: Sequence[int], *, first: int = 1) -> Tensor:
 
 
 def patches(x: Tensor, patch: Sequence[int]) -> Tensor:
-    """Pixels by patch: `x (B, C, *size) -> (B, L, P, C)`, P = the product of the patch's sides, row-major."""
+    """Pixels by patch: `x (B, C, *size) -> (B, L, P, C)`, P = the product of the patch's sides, row-major.
+
+    In memory the channels come before the pixels: rows of the input are copied whole, and a patch's channel is dense.
+    """
     axes = len(patch)
-    tiles = cut(x.movedim(1, -1), patch)
-    return tiles.flatten(1 + axes, 2 * axes).flatten(1, axes)
+    tiles = cut(x, patch, first=2).movedim(1, 1 + axes)
+    return tiles.flatten(2 + axes).flatten(1, axes).transpose(2, 3)
 
 
 def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
@@ -54,6 +58,24 @@ def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tens
     for axis in range(axes):
         x = x.flatten(2 + axis, 3 + axis)
     return x
+
+
+class Neighbours(NamedTuple):
+    """Where the cells under a kernel lie, in rows of the shown cells `(B·V·tile, C)`.
+
+    Two axes at a time are convolved tile by tile; this says what else there is.
+
+    same_place: for every tap of the leading axes, row-major, `(taps, rows)`: the cell at the same place in the plane,
+        so many steps away; the row past the last where it is hidden or outside.
+    rows: the rows whose neighbour under a tap is shown and lies in another tile of its plane, tap after tap.
+    sources: the rows of these neighbours.
+    counts: how many of them belong to each tap of the kernel, row-major.
+    """
+
+    same_place: Tensor
+    rows: Tensor
+    sources: Tensor
+    counts: list[int]
 
 
 class Shown:
@@ -73,7 +95,7 @@ class Shown:
     def __init__(self, grid: Sequence[int], mask: Tensor | None = None, *, device: torch.device | None = None):
         self.grid = tuple(grid)
         self.index: Tensor | None = None
-        self._neighbours: dict[tuple[Grid, Grid], Tensor] = {}
+        self._neighbours: dict[tuple[Grid, Grid], Neighbours] = {}
         if mask is not None:
             self.index = shown_tokens(mask, self.grid).to(device or mask.device, non_blocking=True)
 
@@ -96,13 +118,8 @@ class Shown:
         batch = torch.arange(len(self.index), device=volume.device) % volume.shape[0]
         return cut(volume, tile)[batch[:, None], *self._coordinates()]
 
-    def neighbours(self, tile: Grid, kernel: Grid) -> Tensor | None:
-        """Where the cells under a kernel lie, for every shown tile; None where nothing is masked.
-
-        A tile with its halo has `tile + kernel - 1` cells an axis. The table gives for each of them its row in
-        the flattened shown cells `(B·V·tile, C)`, or the row past the last for cells that are hidden or outside.
-        Shape: `(*halo[:-2], B·V, *halo[-2:])`; leading axes first, so that each temporal tap is contiguous.
-        """
+    def neighbours(self, tile: Grid, kernel: Grid) -> Neighbours | None:
+        """Where the cells under a kernel lie, for every shown cell; None where nothing is masked. Kept for reuse."""
         if self.index is None:
             return None
         if (tile, kernel) not in self._neighbours:
@@ -113,30 +130,46 @@ class Shown:
         assert self.index is not None
         return torch.unravel_index(self.index, self.grid)
 
-    def _find_neighbours(self, index: Tensor, tile: Grid, kernel: Grid) -> Tensor:
-        samples, shown = index.shape
-        axes, device = len(tile), index.device
+    def _find_neighbours(self, index: Tensor, tile: Grid, kernel: Grid) -> Neighbours:
+        """Broadcasts over (*kernel, B·V, *tile): every tap of every cell of every shown tile."""
+        axes, (samples, shown), device = len(tile), index.shape, index.device
         reach = [-(-(k // 2) // t) for k, t in zip(kernel, tile, strict=True)]
+        at = [c.flatten() + r for c, r in zip(self._coordinates(), reach, strict=True)]
+        batch = torch.arange(samples, device=device).repeat_interleave(shown)
         # rank (B, *grid + margins): the position of a token among the shown ones, -1 = hidden or outside
         rank = index.new_full((samples, *(g + 2 * r for g, r in zip(self.grid, reach, strict=True))), -1)
-        batch = torch.arange(samples, device=device)[:, None]
-        at = [c + r for c, r in zip(self._coordinates(), reach, strict=True)]
-        rank[batch, *at] = torch.arange(samples * shown, device=device).view(samples, shown)
+        rank[batch, *at] = torch.arange(samples * shown, device=device)
 
-        # of every halo position, axis by axis: how many tiles away its tile is, and its place in that tile
-        halo = [torch.arange(t + k - 1, device=device) - k // 2 for t, k in zip(tile, kernel, strict=True)]
-        spread = [position.view(-1, *[1] * (axes - 1 - axis)) for axis, position in enumerate(halo)]
-        place = torch.zeros((), dtype=torch.long, device=device)
-        for position, side in zip(spread, tile, strict=True):
-            place = place * side + position % side
-        where = [
-            coordinate.view(samples, shown, *[1] * axes) + position.div(side, rounding_mode="floor")
-            for coordinate, position, side in zip(at, spread, tile, strict=True)
-        ]
-        owner = rank[batch.view(samples, *[1] * (axes + 1)), *where]
+        def spread(values: Tensor, *places: int) -> Tensor:
+            shape = [1] * (2 * axes + 1)
+            for place, size in zip(places, values.shape, strict=True):
+                shape[place] = size
+            return values.view(shape)
+
+        owners, place, same_plane = (
+            [],
+            torch.zeros((), dtype=torch.long, device=device),
+            torch.tensor(True, device=device),
+        )
+        for axis, (k, t) in enumerate(zip(kernel, tile, strict=True)):
+            steps = torch.arange(k, device=device)[:, None] + torch.arange(t, device=device) - k // 2
+            tiles_away = spread(steps.div(t, rounding_mode="floor"), axis, axes + 1 + axis)
+            owners.append(spread(at[axis], axes) + tiles_away)
+            place = place * t + spread(steps % t, axis, axes + 1 + axis)
+            if axis >= axes - 2:
+                same_plane = same_plane & (tiles_away == 0)
+        owner = rank[spread(batch, axes), *owners]
         cells = math.prod(tile)
-        table = torch.where(owner >= 0, owner * cells + place, samples * shown * cells).flatten(0, 1)
-        return table.movedim(0, axes - 2).contiguous()
+        absent = samples * shown * cells
+        source = torch.where(owner >= 0, owner * cells + place, absent).view(*kernel, absent)
+        beyond = (source < absent) & ~same_plane.expand(owner.shape).reshape(source.shape)
+        tap, row = beyond.flatten(0, -2).nonzero(as_tuple=True)
+        return Neighbours(
+            same_place=source[..., kernel[-2] // 2, kernel[-1] // 2, :].reshape(-1, absent),
+            rows=row,
+            sources=source[beyond],
+            counts=torch.bincount(tap, minlength=math.prod(kernel)).tolist(),
+        )
 
 
 def shown_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:

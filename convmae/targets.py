@@ -6,11 +6,11 @@ ImageNet-normalised; and gives the values to predict `(B, L, values)`, flattened
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -103,25 +103,26 @@ class NormalizedPixels:
     def __call__(self, patches: Tensor) -> Tensor:
         """`(B, L, P, C) -> (B, L, P·C)`."""
         mean, scale = self._moments(patches)
-        pixels = unit_range(patches, axis=-1) if self.per_channel else patches
-        return ((pixels - mean) / scale).flatten(2)
+        return ((patches - mean) / scale).flatten(2)
 
     def invert(self, values: Tensor, patches: Tensor) -> Tensor:
         """`(B, L, P·C) -> (B, L, P, C)`, ImageNet-normalised, with mean and variance of the input's own patches."""
         mean, scale = self._moments(patches)
-        pixels = torch.unflatten(values, 2, patches.shape[2:]) * scale + mean
-        if not self.per_channel:
-            return pixels
-        channel_mean, channel_std = _statistics(pixels, axis=-1)
-        return (pixels - channel_mean) / channel_std
+        return torch.unflatten(values, 2, patches.shape[2:]) * scale + mean
 
     def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """What to take off and to divide by, in the units of the patches.
+
+        In [0, 1] pixels a channel's values are its ImageNet deviation s times larger, less a constant; so dividing
+        them by `sqrt(var) + eps` there is dividing by `sqrt(var) + eps / s` here.
+        """
+        over = (2,) if self.per_channel else (2, 3)
+        mean = patches.mean(over, keepdim=True)
+        count = math.prod(patches.shape[axis] for axis in over)
+        variance = (patches - mean).square().sum(over, keepdim=True) / (count - 1)
         if self.per_channel:
-            pixels = unit_range(patches, axis=-1)
-            variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
-            return mean, variance.sqrt() + 1e-6
-        variance, mean = torch.var_mean(rearrange(patches, "b l p c -> b l (p c)"), dim=2)
-        return rearrange(mean, "b l -> b l 1 1"), rearrange((variance + 1e-6).sqrt(), "b l -> b l 1 1")
+            return mean, variance.sqrt() + 1e-6 / patches.new_tensor(IMAGENET_STD)
+        return mean, (variance + 1e-6).sqrt()
 
 
 def pixels(*, unit: bool = False) -> Pixels:

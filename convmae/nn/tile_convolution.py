@@ -4,11 +4,12 @@ The published form multiplies a dense map by the mask and convolves all of it. H
 of shown tokens, `(B, V, *tile, C)`, and a cell sees its neighbours in its own tile and in other shown tiles, zeros
 elsewhere: exactly the published values, at the cost of the shown cells.
 
-How: the leading axes of the kernel are taken tap by tap; for each, the tiles with their halo are gathered by one
-table of rows (`Shown.neighbours`), cells and channels contiguous, and convolved by the two-dimensional depthwise
-kernel that every backend has in a fast form (three-dimensional depthwise kernels are slow on CPU and GPU alike).
-The backward is the same operator with the kernel flipped, for a shown tile is its neighbour's neighbour; it stores
-the input alone and gathers again. A faster kernel for one device replaces `_TileConvolution`, and nothing else.
+How: the leading axes of the kernel are taken tap by tap. For each, every tile, or the one so many steps away, is
+convolved by itself with the two-dimensional depthwise kernel that every backend has in a fast form (three-dimensional
+ones are slow on CPU and GPU alike); then the few neighbours that lie in other shown tiles are added pair by pair
+(`grids.Neighbours`). So nothing is spent on hidden cells. The backward is the same operator with the kernel flipped,
+for a shown cell is its neighbour's neighbour; it stores the input alone. A faster kernel for one device replaces
+`_TileConvolution`, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..grids import Neighbours
 
-def tile_convolution(x: Tensor, weight: Tensor, neighbours: Tensor | None) -> Tensor:
+
+def tile_convolution(x: Tensor, weight: Tensor, neighbours: Neighbours | None) -> Tensor:
     """Depthwise convolution, stride 1, zeros beyond the border and where tokens are hidden.
 
     Args:
@@ -36,7 +39,7 @@ def tile_convolution(x: Tensor, weight: Tensor, neighbours: Tensor | None) -> Te
     """
     if neighbours is None:
         return _dense(x, weight)
-    out: Tensor = _TileConvolution.apply(x, weight, neighbours)
+    out: Tensor = _TileConvolution.apply(x, weight, *neighbours)
     return out
 
 
@@ -49,7 +52,7 @@ def _dense(x: Tensor, weight: Tensor) -> Tensor:
     out: Tensor | None = None
     for tap in _taps(kernel[:lead]):
         window = tuple(slice(t, t + size) for t, size in zip(tap, tile, strict=False))
-        part = _convolve(padded[:, :, *window].flatten(0, 1 + lead), _tap(weight, tap), padding=True)
+        part = _convolve(padded[:, :, *window].flatten(0, 1 + lead), _tap(weight, tap))
         out = part if out is None else out + part
     assert out is not None
     return out.reshape(x.shape)
@@ -66,66 +69,80 @@ def _tap(weight: Tensor, tap: tuple[int, ...]) -> Tensor:
     return weight
 
 
-def _convolve(cells: Tensor, weight: Tensor, *, padding: bool = False) -> Tensor:
-    """Two-dimensional depthwise convolution, channels last: `(N, H, W, C)`, weight `(C, 1, kh, kw)`."""
-    pad = [k // 2 for k in weight.shape[2:]] if padding else [0, 0]
-    out = F.conv2d(cells.permute(0, 3, 1, 2), weight, padding=pad, groups=weight.shape[0])
+def _convolve(cells: Tensor, weight: Tensor) -> Tensor:
+    """Two-dimensional depthwise convolution, zeros beyond, channels last: `(N, H, W, C)`, weight `(C, 1, kh, kw)`."""
+    padding = [k // 2 for k in weight.shape[2:]]
+    out = F.conv2d(cells.permute(0, 3, 1, 2), weight, padding=padding, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1)
 
 
 class _TileConvolution(torch.autograd.Function):
+    """Takes the fields of `Neighbours` one by one, for only tensors among the arguments are seen by a tracer."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, neighbours)
-        return _sparse(x, weight, neighbours)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, same_place: Tensor, rows: Tensor, sources: Tensor, counts: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, same_place, rows, sources)
+        ctx.counts = counts
+        return _sparse(x, weight, Neighbours(same_place, rows, sources, counts))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, neighbours = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, same_place, rows, sources = ctx.saved_tensors
+        neighbours = Neighbours(same_place, rows, sources, ctx.counts)
         axes = tuple(range(2, weight.ndim))
         dx = _sparse(gradient, weight.flip(axes), neighbours) if ctx.needs_input_grad[0] else None
         dw = _weight_gradient(x, gradient, weight, neighbours) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        return dx, dw, None, None, None, None
 
 
-def _halos(x: Tensor, kernel: tuple[int, ...], neighbours: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """For every leading tap, the halos of all tiles: tap, `(*leading tile sides · B·V, halo H, halo W, C)`."""
-    tile, lead = x.shape[2:-1], x.ndim - 5
+def _beyond(neighbours: Neighbours) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every tap, the rows with a neighbour in another tile of the plane, and the rows of these neighbours."""
+    rows, sources = torch.split(neighbours.rows, neighbours.counts), torch.split(neighbours.sources, neighbours.counts)
+    return zip(rows, sources, strict=True)
+
+
+def _planes(cells: Tensor, tile: Sequence[int], neighbours: Neighbours) -> Iterator[Tensor]:
+    """For every leading tap, the tiles so many steps away, zeros where there is none: `(planes, H, W, C)`."""
+    middle = len(neighbours.same_place) // 2
+    extended = torch.cat([cells, cells.new_zeros(1, cells.shape[1])]) if middle else cells
+    for tap, rows in enumerate(neighbours.same_place):
+        moved = cells if tap == middle else extended.index_select(0, rows)
+        yield moved.view(-1, *tile[-2:], cells.shape[1])
+
+
+def _sparse(x: Tensor, weight: Tensor, neighbours: Neighbours) -> Tensor:
     cells = x.reshape(-1, x.shape[-1])
-    cells = torch.cat([cells, cells.new_zeros(1, cells.shape[1])])
-    for tap in _taps(kernel[:lead]):
-        rows = neighbours[tuple(slice(t, t + side) for t, side in zip(tap, tile, strict=False))]
-        yield tap, cells.index_select(0, rows.flatten()).view(-1, *rows.shape[-2:], cells.shape[1])
-
-
-def _sparse(x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     out: Tensor | None = None
-    for tap, halo in _halos(x, tuple(weight.shape[2:]), neighbours):
-        part = _convolve(halo, _tap(weight, tap))
+    for tap, plane in zip(_taps(weight.shape[2:-2]), _planes(cells, x.shape[2:-1], neighbours), strict=True):
+        part = _convolve(plane, _tap(weight, tap))
         out = part if out is None else out.add_(part)
     assert out is not None
-    return _tiles_first(out, x.shape)
+    out = out.reshape(cells.shape)
+    for tap_weight, (rows, sources) in zip(weight.flatten(1).unbind(1), _beyond(neighbours), strict=True):
+        if len(rows):
+            out.index_add_(0, rows, cells.index_select(0, sources).mul_(tap_weight))
+    return out.view(x.shape)
 
 
-def _tiles_first(cells: Tensor, shape: torch.Size) -> Tensor:
-    """`(*leading tile sides · B·V, H, W, C) -> (B, V, *tile, C)`."""
-    samples, shown, *tile, channels = shape
-    lead = len(tile) - 2
-    return cells.view(*tile[:lead], samples * shown, *tile[lead:], channels).movedim(lead, 0).reshape(shape)
-
-
-def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    """Tap by tap: the products of shifted cells and gradients, summed over cells by one matrix product."""
-    *tile, channels = x.shape[2:]
-    lead = len(tile) - 2
-    height, width = tile[lead:]
-    flat = gradient.flatten(0, 1).movedim(0, lead).reshape(-1, height, width, channels)
-    ones = flat.new_ones(1, math.prod(flat.shape[:3]))
-    out = torch.empty(*weight.shape[2:], channels, dtype=flat.dtype, device=flat.device)
-    buffer = torch.empty_like(flat)
-    for tap, halo in _halos(x, tuple(weight.shape[2:]), neighbours):
-        for row, column in _taps(tuple(weight.shape[-2:])):
-            torch.mul(halo[:, row : row + height, column : column + width], flat, out=buffer)
-            torch.mm(ones, buffer.view(-1, channels), out=out[*tap, row, column].unsqueeze(0))
-    return out.movedim(-1, 0).unsqueeze(1).to(weight.dtype)
+def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Neighbours) -> Tensor:
+    """Tap by tap: the products of gradients and the cells under the tap, summed over cells by a matrix product."""
+    channels, (height, width) = x.shape[-1], x.shape[-3:-1]
+    cells, flat = x.reshape(-1, channels), gradient.reshape(-1, channels)
+    there = flat.view(-1, height, width, channels)
+    ones, buffer = flat.new_ones(1, len(flat)), torch.empty_like(flat).flatten()
+    out = flat.new_zeros(math.prod(weight.shape[2:]), channels)
+    planes = _planes(cells, x.shape[2:-1], neighbours)
+    in_plane = [[tap - k // 2 for tap in range(k)] for k in weight.shape[-2:]]
+    places = ((plane, down, right) for plane in planes for down, right in itertools.product(*in_plane))
+    for tap, ((plane, down, right), (rows, sources)) in enumerate(zip(places, _beyond(neighbours), strict=True)):
+        if abs(down) < height and abs(right) < width:
+            here = plane[:, max(0, down) : height + down, max(0, right) : width + right]
+            product = buffer[: here.numel()].view(here.shape)
+            torch.mul(here, there[:, max(0, -down) : height - down, max(0, -right) : width - right], out=product)
+            torch.mm(ones[:, : here.numel() // channels], product.view(-1, channels), out=out[tap : tap + 1])
+        if len(rows):
+            out[tap] += flat.index_select(0, rows).mul_(cells.index_select(0, sources)).sum(0)
+    return out.t().reshape(weight.shape).to(weight.dtype)
