@@ -67,15 +67,14 @@ class Neighbours(NamedTuple):
 
     same_place: for every tap of the leading axes, row-major, `(taps, rows)`: the cell at the same place in the plane,
         so many steps away; the row past the last where it is hidden or outside.
-    rows: the rows whose neighbour under a tap is shown and lies in another tile of its plane, tap after tap.
-    sources: the rows of these neighbours.
-    counts: how many of them belong to each tap of the kernel, row-major.
+    rows, sources, taps: every pair of a row and a neighbour of it that is shown, under a tap, in another tile of its
+        plane; taps count over the kernel, row-major, and ascend.
     """
 
     same_place: Tensor
     rows: Tensor
     sources: Tensor
-    counts: list[int]
+    taps: Tensor
 
 
 class Shown:
@@ -131,45 +130,54 @@ class Shown:
         return torch.unravel_index(self.index, self.grid)
 
     def _find_neighbours(self, index: Tensor, tile: Grid, kernel: Grid) -> Neighbours:
-        """Broadcasts over (*kernel, B·V, *tile): every tap of every cell of every shown tile."""
         axes, (samples, shown), device = len(tile), index.shape, index.device
+        # rank (B, *grid + margins): the position of a token among the shown ones, -1 = hidden or outside
         reach = [-(-(k // 2) // t) for k, t in zip(kernel, tile, strict=True)]
         at = [c.flatten() + r for c, r in zip(self._coordinates(), reach, strict=True)]
         batch = torch.arange(samples, device=device).repeat_interleave(shown)
-        # rank (B, *grid + margins): the position of a token among the shown ones, -1 = hidden or outside
         rank = index.new_full((samples, *(g + 2 * r for g, r in zip(self.grid, reach, strict=True))), -1)
         rank[batch, *at] = torch.arange(samples * shown, device=device)
-
-        def spread(values: Tensor, *places: int) -> Tensor:
-            shape = [1] * (2 * axes + 1)
-            for place, size in zip(places, values.shape, strict=True):
-                shape[place] = size
-            return values.view(shape)
-
-        owners, place, same_plane = (
-            [],
-            torch.zeros((), dtype=torch.long, device=device),
-            torch.tensor(True, device=device),
-        )
-        for axis, (k, t) in enumerate(zip(kernel, tile, strict=True)):
-            steps = torch.arange(k, device=device)[:, None] + torch.arange(t, device=device) - k // 2
-            tiles_away = spread(steps.div(t, rounding_mode="floor"), axis, axes + 1 + axis)
-            owners.append(spread(at[axis], axes) + tiles_away)
-            place = place * t + spread(steps % t, axis, axes + 1 + axis)
-            if axis >= axes - 2:
-                same_plane = same_plane & (tiles_away == 0)
-        owner = rank[spread(batch, axes), *owners]
+        # the tiles around every shown one (B·V, all of 2·reach + 1)
+        around = torch.cartesian_prod(*(torch.arange(-r, r + 1, device=device) for r in reach)).view(-1, axes)
+        tiles = rank[batch[:, None], *(a[:, None] + away for a, away in zip(at, around.unbind(1), strict=True))]
+        # for every tap and cell of a tile: which of these tiles it falls in, and where in it
+        which, place, in_plane = _under_kernel(tile, kernel, reach, device)
         cells = math.prod(tile)
         absent = samples * shown * cells
-        source = torch.where(owner >= 0, owner * cells + place, absent).view(*kernel, absent)
-        beyond = (source < absent) & ~same_plane.expand(owner.shape).reshape(source.shape)
+        owner = tiles.index_select(1, which.flatten()).view(samples * shown, *which.shape)  # (B·V, taps, cells)
+        source = torch.where(owner >= 0, owner * cells + place, absent).transpose(0, 1).reshape(*kernel, absent)
+        same_plane = in_plane.repeat(1, samples * shown).view(source.shape)
+        beyond = (source < absent) & ~same_plane
         tap, row = beyond.flatten(0, -2).nonzero(as_tuple=True)
         return Neighbours(
             same_place=source[..., kernel[-2] // 2, kernel[-1] // 2, :].reshape(-1, absent),
             rows=row,
             sources=source[beyond],
-            counts=torch.bincount(tap, minlength=math.prod(kernel)).tolist(),
+            taps=tap,
         )
+
+
+def _under_kernel(
+    tile: Grid, kernel: Grid, reach: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every tap of a kernel and cell of a tile, `(taps, cells)`: the tile it falls in, of the 2·reach + 1 around an
+    axis; the cell of that tile; and whether that tile is beside this one along no more than the leading axes."""
+    axes, zero = len(tile), torch.zeros((), dtype=torch.long, device=device)
+    which, place, in_plane = zero, zero, torch.tensor(True, device=device)
+    for axis, (k, t, r) in enumerate(zip(kernel, tile, reach, strict=True)):
+        steps = torch.arange(k, device=device)[:, None] + torch.arange(t, device=device) - k // 2
+        steps = steps.view(*(k if a == axis else 1 for a in range(axes)), *(t if a == axis else 1 for a in range(axes)))
+        away = steps.div(t, rounding_mode="floor")
+        which, place = which * (2 * r + 1) + away + r, place * t + steps % t
+        if axis >= axes - 2:
+            in_plane = in_plane & (away == 0)
+    taps, cells = math.prod(kernel), math.prod(tile)
+    whole = (*kernel, *tile)
+    return (
+        which.reshape(taps, cells),
+        place.reshape(taps, cells),
+        in_plane.expand(whole).reshape(taps, cells),
+    )
 
 
 def shown_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:

@@ -102,16 +102,16 @@ class NormalizedPixels:
 
     def __call__(self, patches: Tensor) -> Tensor:
         """`(B, L, P, C) -> (B, L, P·C)`."""
-        mean, scale = self._moments(patches)
-        return ((patches - mean) / scale).flatten(2)
+        _, centred, scale = self._moments(patches)
+        return (centred / scale).flatten(2)
 
     def invert(self, values: Tensor, patches: Tensor) -> Tensor:
         """`(B, L, P·C) -> (B, L, P, C)`, ImageNet-normalised, with mean and variance of the input's own patches."""
-        mean, scale = self._moments(patches)
+        mean, _, scale = self._moments(patches)
         return torch.unflatten(values, 2, patches.shape[2:]) * scale + mean
 
-    def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """What to take off and to divide by, in the units of the patches.
+    def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean, the patches less it, and what to divide by, in the units of the patches.
 
         In [0, 1] pixels a channel's values are its ImageNet deviation s times larger, less a constant; so dividing
         them by `sqrt(var) + eps` there is dividing by `sqrt(var) + eps / s` here.
@@ -119,10 +119,11 @@ class NormalizedPixels:
         over = (2,) if self.per_channel else (2, 3)
         mean = patches.mean(over, keepdim=True)
         count = math.prod(patches.shape[axis] for axis in over)
-        variance = (patches - mean).square().sum(over, keepdim=True) / (count - 1)
+        centred = patches - mean
+        variance = centred.square().sum(over, keepdim=True) / (count - 1)
         if self.per_channel:
-            return mean, variance.sqrt() + 1e-6 / patches.new_tensor(IMAGENET_STD)
-        return mean, (variance + 1e-6).sqrt()
+            return mean, centred, variance.sqrt() + 1e-6 / patches.new_tensor(IMAGENET_STD)
+        return mean, centred, (variance + 1e-6).sqrt()
 
 
 def pixels(*, unit: bool = False) -> Pixels:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Grid, Shown, assemble, patches
@@ -114,7 +115,7 @@ class MaskedAutoencoder(nn.Module):
         precision = torch.promote_types(x.dtype, torch.float32)
         target = self.target(patches(x.to(precision), self.trunk.stride))
         assert target.shape == prediction.shape, (target.shape, prediction.shape)
-        error = (prediction.to(precision) - target).square().mean(-1)
+        error = F.mse_loss(prediction.to(precision), target, reduction="none").mean(-1)
         hidden = mask.flatten(1)
         return torch.where(hidden, error, 0).sum() / hidden.sum()
 

@@ -25,6 +25,9 @@ from torch import Tensor
 
 from ..grids import Neighbours
 
+PAIRS = 512
+"""Pairs of neighbours handled at once: some MB, so that what is gathered is still in cache when it is added."""
+
 
 def tile_convolution(x: Tensor, weight: Tensor, neighbours: Neighbours | None) -> Tensor:
     """Depthwise convolution, stride 1, zeros beyond the border and where tokens are hidden.
@@ -81,27 +84,25 @@ class _TileConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, same_place: Tensor, rows: Tensor, sources: Tensor, counts: list[int]
+        ctx: Any, x: Tensor, weight: Tensor, same_place: Tensor, rows: Tensor, sources: Tensor, taps: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, same_place, rows, sources)
-        ctx.counts = counts
-        return _sparse(x, weight, Neighbours(same_place, rows, sources, counts))
+        ctx.save_for_backward(x, weight, same_place, rows, sources, taps)
+        return _sparse(x, weight, Neighbours(same_place, rows, sources, taps))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, same_place, rows, sources = ctx.saved_tensors
-        neighbours = Neighbours(same_place, rows, sources, ctx.counts)
+        x, weight, *tables = ctx.saved_tensors
+        neighbours = Neighbours(*tables)
         axes = tuple(range(2, weight.ndim))
         dx = _sparse(gradient, weight.flip(axes), neighbours) if ctx.needs_input_grad[0] else None
         dw = _weight_gradient(x, gradient, weight, neighbours) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None, None
 
 
-def _beyond(neighbours: Neighbours) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every tap, the rows with a neighbour in another tile of the plane, and the rows of these neighbours."""
-    rows, sources = torch.split(neighbours.rows, neighbours.counts), torch.split(neighbours.sources, neighbours.counts)
-    return zip(rows, sources, strict=True)
+def _pairs(neighbours: Neighbours) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The pairs beyond the tile, as many at a time as stay in a processor's cache."""
+    return zip(*(torch.split(each, PAIRS) for each in neighbours[1:]), strict=True)
 
 
 def _planes(cells: Tensor, tile: Sequence[int], neighbours: Neighbours) -> Iterator[Tensor]:
@@ -121,9 +122,9 @@ def _sparse(x: Tensor, weight: Tensor, neighbours: Neighbours) -> Tensor:
         out = part if out is None else out.add_(part)
     assert out is not None
     out = out.reshape(cells.shape)
-    for tap_weight, (rows, sources) in zip(weight.flatten(1).unbind(1), _beyond(neighbours), strict=True):
-        if len(rows):
-            out.index_add_(0, rows, cells.index_select(0, sources).mul_(tap_weight))
+    by_tap = weight.flatten(1).t().contiguous()
+    for rows, sources, taps in _pairs(neighbours):
+        out.index_add_(0, rows, cells.index_select(0, sources).mul_(by_tap.index_select(0, taps)))
     return out.view(x.shape)
 
 
@@ -137,12 +138,12 @@ def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Ne
     planes = _planes(cells, x.shape[2:-1], neighbours)
     in_plane = [[tap - k // 2 for tap in range(k)] for k in weight.shape[-2:]]
     places = ((plane, down, right) for plane in planes for down, right in itertools.product(*in_plane))
-    for tap, ((plane, down, right), (rows, sources)) in enumerate(zip(places, _beyond(neighbours), strict=True)):
+    for tap, (plane, down, right) in enumerate(places):
         if abs(down) < height and abs(right) < width:
             here = plane[:, max(0, down) : height + down, max(0, right) : width + right]
             product = buffer[: here.numel()].view(here.shape)
             torch.mul(here, there[:, max(0, -down) : height - down, max(0, -right) : width - right], out=product)
             torch.mm(ones[:, : here.numel() // channels], product.view(-1, channels), out=out[tap : tap + 1])
-        if len(rows):
-            out[tap] += flat.index_select(0, rows).mul_(cells.index_select(0, sources)).sum(0)
+    for rows, sources, taps in _pairs(neighbours):
+        out.index_add_(0, taps, flat.index_select(0, rows).mul_(cells.index_select(0, sources)))
     return out.t().reshape(weight.shape).to(weight.dtype)
