@@ -1,6 +1,6 @@
 """Masked pretraining of hierarchical image and video backbones."""
 
-from . import masking, targets
+from . import checkpoint, masking, official, targets
 from .builders import MAE, AttentionStage, Classifier, ConvMAE, ConvStage
 
 __version__ = "0.1.0"
@@ -11,6 +11,8 @@ __all__ = [
     "Classifier",
     "ConvMAE",
     "ConvStage",
+    "checkpoint",
     "masking",
+    "official",
     "targets",
 ]

@@ -250,14 +250,7 @@ class MAE:
         Raises:
             ValueError: parts do not fit each other; the message lists all that do not, and the calls to change.
         """
-        self._check(
-            [
-                *self._trunk_problems(),
-                *self._decoder_problems(),
-                *self._masking_problems(),
-                *self._target_problems(),
-            ]
-        )
+        self.check()
         decoder = DecoderModule(
             self.trunk[-1].dim,
             self.decoder.dim,
@@ -274,9 +267,20 @@ class MAE:
         model.builder = self
         return model
 
+    def check(self) -> None:
+        """Raise the ValueError that `build` would, without building."""
+        self._refuse(
+            [
+                *self._trunk_problems(),
+                *self._decoder_problems(),
+                *self._masking_problems(),
+                *self._target_problems(),
+            ]
+        )
+
     def build_trunk(self) -> Trunk:
         """The trunk alone, with torch's default initialisation. Raises ValueError as `build` does."""
-        self._check(self._trunk_problems())
+        self._refuse(self._trunk_problems())
         depths = [stage.depth for stage in self.trunk]
         rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device="cpu").tolist())
         modules: list[ConvolutionStage | AttentionStageModule] = []
@@ -312,7 +316,7 @@ class MAE:
             channels = stage.dim
         return Trunk(modules, size=self.size)
 
-    def _check(self, problems: list[str]) -> None:
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             lines = "".join(f"\n  - {problem}" for problem in problems)
             raise ValueError(f"{type(self).__name__} cannot be built:{lines}")
@@ -496,6 +500,10 @@ class Classifier:
     def size(self) -> Grid:
         """Input size in pixels."""
         return self.backbone.size
+
+    def input(self, size: int | Sequence[int]) -> Classifier:
+        """Take inputs of this size in pixels; see `MAE.input`."""
+        return replace(self, backbone=self.backbone.input(size))
 
     def build(self) -> ClassifierModule:
         """The module, initialised for finetuning (ConvMAE's code). Raises ValueError as the backbone's `build`."""

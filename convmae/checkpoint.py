@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +115,47 @@ def _first_line(problem: Exception) -> str:
     return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, *, size: int | Sequence[int] | None = None) -> Any:
     """Build the model that a checkpoint holds, with its weights, on the CPU in evaluation mode: outputs are equal.
 
+    Args:
+        path: the file.
+        size: build for this input size instead, `(H, W)` or `(T, H, W)` pixels; positions are resized.
+
     Raises:
-        ValueError: the file is not a checkpoint or is damaged, or a class of the user's cannot be imported.
+        ValueError: the file is not a checkpoint or is damaged, a class of the user's cannot be imported, or the size
+            does not suit the model.
         FileNotFoundError: there is no such file.
     """
     content = read(path)
+    builder = content["builder"] if size is None else content["builder"].input(size)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random state stays
-        model = content["builder"].build()
+        model = builder.build()
     try:
         load_weights(model, content["weights"])
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
     return model.eval()
+
+
+def load_trunk(model: nn.Module, path: str | Path) -> None:
+    """Start a model's trunk from a checkpoint's: a classifier's from a pretrained one, at any input size.
+
+    Args:
+        model: built from a builder with the checkpoint's stages, a masked autoencoder or a classifier; its positions
+            are resized from the checkpoint's, with a logged line.
+        path: the checkpoint.
+
+    Raises:
+        ValueError: the file is not a checkpoint, or its trunk does not fit.
+        FileNotFoundError: there is no such file.
+    """
+    weights = {
+        name.removeprefix("trunk."): tensor
+        for name, tensor in read(path)["weights"].items()
+        if name.startswith("trunk.")
+    }
+    load_weights(model.get_submodule("trunk"), weights)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -89,7 +89,7 @@ class Batch(NamedTuple):
 
 def generator(*key: int) -> torch.Generator:
     """A generator whose numbers follow from the key alone; different keys give independent numbers."""
-    high, low = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    high, low = np.random.SeedSequence([len(key), *key]).generate_state(2, np.uint64)
     return torch.Generator().manual_seed(int(high ^ low) & (2**63 - 1))
 
 
@@ -198,7 +198,7 @@ class _Collate:
             stacked = torch.empty(0, 3, *self.stream.size, dtype=torch.uint8)
             drawn = None if self.stream.draw_mask is None else self.stream.draw_mask(generator(0))
             mask = None if drawn is None else drawn[:0]
-        return Batch(stacked, torch.tensor([sample.label for sample, _ in usable]), mask, skipped)
+        return Batch(stacked, torch.tensor([sample.label for sample, _ in usable], dtype=torch.long), mask, skipped)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,21 @@ class World:
         """The model with its gradients averaged over all processes."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(model)  # no device_ids: they would move the mask off the CPU
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, by rank."""
+        if self.size == 1:
+            return items
+        gathered: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items)
+        return [item for own in gathered for item in own]
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -62,7 +72,8 @@ def join(device: str) -> Iterator[World]:
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU here; use --device cpu or auto")
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        if place.index is None:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(place)
     if size == 1:
         yield World(0, 1, place)

@@ -39,8 +39,8 @@ from .training import Pretrain, Start, Step
 _log = logging.getLogger(__name__)
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-STRIPS = 6  # samples in a picture
-PAGE_SECONDS = 30  # least time between two writings of the page
+STRIPS = 4  # samples in a picture
+PAGE_SECONDS = 30  # least time between two writings of the page, longer where they take long
 
 
 def describe(run: Pretrain) -> str:
@@ -99,16 +99,20 @@ class _Desk:
         self.began = time.time()
         for name in (METRICS, SKIPPED):
             _forget_after(self.folder / name, start.first)
+        for picture in (self.folder / "pictures").glob("step-*"):
+            if int(picture.stem.removeprefix("step-")) > start.first:
+                picture.unlink()  # of steps that will be done again
         _write(self.folder / "run.txt", describe(start.run))
         _write(self.folder / "environment.json", json.dumps(_environment(start), indent=1))
         self.before = _last_seconds(self.folder / METRICS)
         self.metrics = closing.enter_context((self.folder / METRICS).open("a"))
         self.skipped_lines = closing.enter_context((self.folder / SKIPPED).open("a"))
         self.board = self._open_board()
-        self.skipped: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.skipped = collections.Counter((line["file"], line["reason"]) for line in _lines(self.folder / SKIPPED))
         self.recent: list[Step] = []
+        self.saved = start.first
         self.last: dict[str, Any] = {}
-        self.page_written = 0.0
+        self.page_due = 0.0
         self.gallery = _Gallery(start)
         self.introduce()
         self.display = _Display(start, console)
@@ -134,13 +138,14 @@ class _Desk:
     def take(self, step: Step) -> None:
         self._note_skipped(step)
         self.recent.append(step)
+        self.saved = step.saved
         last = step.number == self.start.total or step.stopping
         if step.number % self.start.run.log_every == 0 or last or step.number == self.start.first + 1:
             self._write_metrics()
         self.display.advance(step, self.last)
         if self._picture_due(step.number):
             self._draw(step.number)
-        if time.time() - self.page_written > PAGE_SECONDS:
+        if time.time() > self.page_due:
             self._write_page()
 
     def _write_metrics(self) -> None:
@@ -152,7 +157,7 @@ class _Desk:
             "steps": self.start.total,
             "epoch": round(step.epoch, 4),
             "samples": step.number * self.start.run.batch_size,
-            "loss": sum(one.loss * one.samples for one in steps) / max(samples, 1),
+            "loss": sum(one.loss * one.samples for one in steps if one.samples) / samples if samples else None,
             "learning_rate": step.learning_rate,
             "gradient_norm": max(one.gradient_norm for one in steps),
             "samples_per_second": samples / seconds,
@@ -164,7 +169,8 @@ class _Desk:
         self.recent = []
         _append(self.metrics, self.last)
         for name in ("loss", "learning_rate", "gradient_norm", "samples_per_second", "data_wait"):
-            self.board.add_scalar(name, self.last[name], step.number)
+            if self.last[name] is not None:
+                self.board.add_scalar(name, self.last[name], step.number)
 
     def _note_skipped(self, step: Step) -> None:
         for problem in step.skipped:
@@ -184,8 +190,9 @@ class _Desk:
             self.board.add_image("reconstructions", _png(paths[0]), number, dataformats="HWC")
 
     def _write_page(self) -> None:
-        self.page_written = time.time()
+        began = time.time()
         report.write(self.folder)
+        self.page_due = time.time() + max(PAGE_SECONDS, 50 * (time.time() - began))
 
     def close(self, *, finished: bool) -> None:
         self.display.stop()
@@ -200,9 +207,10 @@ class _Desk:
                 self.console.print(f"  {count} x {name}: {reason}", highlight=False, markup=False)
         done = self.last.get("step", self.start.first)
         if finished and done == self.start.total:
-            self.console.print(f"finished: loss {self.last['loss']:.4f} after {done} steps")
+            self.console.print(f"finished: loss {_number(self.last['loss'])} after {done} steps")
         else:
-            self.console.print(f"stopped after step {done} of {self.start.total}: the same command goes on from there")
+            at = f"stopped after step {done} of {self.start.total}"
+            self.console.print(f"{at}: the same command goes on from step {self.saved}, the last that was saved")
         for name in ("last.pt", "report.html"):
             self.console.print(f"  {self.folder / name}", highlight=False)
 
@@ -239,7 +247,7 @@ class _Gallery:
             out = model(x, mask=self.mask)
             rebuilt = model.reconstruct(x, out["prediction"], out["mask"])
         model.train(training)
-        return pictures.save(stem, x.cpu(), out["mask"].cpu(), rebuilt.cpu())
+        return pictures.save(stem, x.cpu(), out["mask"].cpu(), rebuilt.cpu(), rows=STRIPS)
 
 
 class _Display(contextlib.AbstractContextManager["_Display"]):
@@ -270,7 +278,7 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
         self.spent += step.seconds
         left = self.spent / (step.number - self.start.first) * (self.start.total - step.number)
         status = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+            f"loss {_number(metrics['loss'])}  lr {metrics['learning_rate']:.2e}  "
             f"{metrics['samples_per_second']:.1f} samples/s  data {metrics['data_wait']:.0%}  {_duration(left)} left"
         )
         self.bar.update(self.task, completed=step.number, status=status)
@@ -292,6 +300,10 @@ class _Status(ProgressColumn):
 def _where(start: Start) -> str:
     device = torch.cuda.get_device_name(start.world.device) if start.world.device.type == "cuda" else "CPU"
     return f"{start.world.size} x {device}" if start.world.size > 1 else f"on {device}"
+
+
+def _number(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _duration(seconds: float) -> str:

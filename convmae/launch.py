@@ -342,9 +342,7 @@ def _with_data(run: Pretrain, given: Path | None) -> Pretrain:
 def _check(run: Pretrain, place: Place) -> None:
     """Refuse what would fail later: a model that cannot be built, a device that is not there, an unwritable folder."""
     try:
-        # Checks come first; then some modules cannot be without memory, which is no matter here.
-        with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):
-            run.model.build()
+        run.model.check()
     except ValueError as error:
         raise LaunchError(str(error)) from error
     if run.device.startswith("cuda") and place.gpus == 0:
@@ -651,13 +649,16 @@ def _ready_demo(run: Pretrain) -> None:
 
 def _in_this_process(run: Pretrain) -> int:
     try:
-        fit(run)
+        finished = fit(run)
+    except FloatingPointError as error:
+        print(f"{_program()}: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in ("convmae", "video"):
             raise  # not said to the user, but a mistake somewhere
         raise LaunchError(str(error)) from error
-    return 0
+    return 0 if finished else 130
 
 
 def _on_this_machine(run: Pretrain, place: Place) -> int:

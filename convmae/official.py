@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import collections
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .builders import AttentionStage, Classifier, ConvMAE, ConvStage
 from .checkpoint import load_weights, read_file
+from .grids import Grid
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.masked_autoencoder import MaskedAutoencoder
-
-_log = logging.getLogger(__name__)
 
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}
 """Heads of the last stage by its width, in the published sizes."""
@@ -31,6 +30,7 @@ def load(
     heads: int | None = None,
     decoder_heads: int = 16,
     pooling: str | None = None,
+    size: int | Sequence[int] | None = None,
 ) -> MaskedAutoencoder | ClassifierModule:
     """The model of an authors' checkpoint, with its weights; every size is inferred from shapes.
 
@@ -42,6 +42,7 @@ def load(
             `module.` and `_orig_mod.` dropped.
         heads: attention heads of the last stage, which no shape tells; known for widths 384, 768, 1024, 1280.
         decoder_heads: attention heads of the decoder.
+        size: build for this input size `(H, W)` instead of the file's; positions are resized.
         pooling: of a classifier, "mean" (`fc_norm` in the file) or "token" (`norm`); needed only where both are there.
 
     Raises:
@@ -59,6 +60,9 @@ def load(
         backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
     except KeyError as missing:
         raise ValueError(f"a poor match: the file lacks {missing.args[0]}") from missing
+    grid = backbone.grid
+    if size is not None:
+        backbone = backbone.input(size)
     builder: ConvMAE | Classifier = backbone
     if "head.weight" in state:
         pooling = pooling or ("mean" if "fc_norm.weight" in state else "token")
@@ -66,7 +70,7 @@ def load(
         state = {name: tensor for name, tensor in state.items() if name.split(".")[0] != _other_norm(pooling)}
     with torch.random.fork_rng(devices=[]):
         model = builder.build()
-    _fill(model, state, stages=len(backbone.trunk))
+    _fill(model, state, stages=len(backbone.trunk), grid=grid)
     return model.eval()
 
 
@@ -173,7 +177,7 @@ def _names(stages: int) -> list[tuple[str, str | Callable[[re.Match[str]], str]]
     ]
 
 
-def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tensor], *, stages: int) -> None:
+def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tensor], *, stages: int, grid: Grid) -> None:
     own = model.state_dict()
     renamed: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -184,13 +188,13 @@ def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tenso
         if name not in own:
             unexpected.append(official)
             continue
-        renamed[name] = _reshape(name, tensor, own[name].shape)
+        renamed[name] = _reshape(name, tensor, own[name].shape, grid)
     missing = [name for name in own if name not in renamed]
-    _log.info("used %d tensors of %d in the file", len(renamed), len(state))
-    if missing:
-        _log.warning("missing, left as initialised: %s", ", ".join(missing))
-    if unexpected:
-        _log.warning("unexpected, not used: %s", ", ".join(unexpected))
+    used = collections.Counter(name.split(".")[0] for name in state if name not in unexpected)
+    groups = ", ".join(f"{name} ({count})" for name, count in used.items())
+    print(f"used {len(renamed)} tensors of {len(state)} in the file: {groups}")
+    print(f"missing, left as initialised: {', '.join(missing) or 'none'}")
+    print(f"unexpected, not used: {', '.join(unexpected) or 'none'}")
     without_decoder = all(not name.startswith("decoder.") for name in renamed)
     needed = [
         name
@@ -204,8 +208,9 @@ def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tenso
     load_weights(model, {**{name: own[name] for name in missing}, **renamed})
 
 
-def _reshape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+def _reshape(name: str, tensor: Tensor, shape: torch.Size, grid: Grid) -> Tensor:
     """Positions from a list `(1, L, D)` to the grid, and 1x1 convolutions to matrices; anything else as it is."""
-    a_list = name.endswith("positions") and tensor.shape == (1, math.prod(shape[:-1]), shape[-1])
+    if name.endswith("positions") and tensor.ndim == 3 and tensor.shape[1] == math.prod(grid):
+        return tensor.reshape(*grid, -1)
     pointwise = tensor.shape == (*shape, *[1] * (tensor.ndim - len(shape)))
-    return tensor.reshape(shape) if a_list or pointwise else tensor
+    return tensor.reshape(shape) if pointwise else tensor

@@ -19,8 +19,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize(pixels: Tensor) -> Tensor:
     """Pixels uint8 `(B, 3, *size)` to ImageNet-normalised float32, on the device where they are."""
-    mean, std = _statistics(pixels.float(), axis=1)
-    return (pixels.float() / 255 - mean) / std
+    x = pixels.float() / 255
+    mean, std = _statistics(x, axis=1)
+    return (x - mean) / std
 
 
 def unit_range(x: Tensor, *, axis: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .builders import MAE
-from .data import Batch, Source, Stream, UnusableFileError
+from .data import Batch, Source, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw, learning_rate
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 LAST = "last.pt"
 FREE = ("folder", "workers", "micro_batch", "device", "checkpoint_minutes", "log_every", "pictures", "epochs")
-"""The fields of a run that may differ when it goes on: they do not change what a step computes."""
+"""The fields of a run that may differ when it goes on: they say where, how long and how watched, not what is learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class Pretrain:
                 ("min_lr", "0 or more", self.min_lr >= 0),
                 (
                     "warmup_epochs",
-                    f"0 or more, and less than epochs ({self.epochs})",
+                    f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
                     0 <= self.warmup_epochs < self.epochs,
                 ),
                 ("weight_decay", "0 or more", self.weight_decay >= 0),
@@ -143,8 +144,9 @@ class Step:
         samples: that could be used; the step changes nothing where there were none.
         seconds: that the step took.
         data_seconds: of them, waiting for data.
-        skipped: this process's samples that could not be loaded.
+        skipped: samples that could not be loaded, of all processes.
         start: the run, the model (unwrapped), the world.
+        saved: steps in the last checkpoint of this session of the run.
         stopping: whether this is the last step before the run stops early, asked by a signal.
     """
 
@@ -157,6 +159,7 @@ class Step:
     data_seconds: float
     skipped: list[UnusableFileError]
     start: Start
+    saved: int
     stopping: bool = False
 
     @property
@@ -169,11 +172,16 @@ def steps(run: Pretrain) -> Iterator[Step]:
     """Train, from the folder's checkpoint if there is one; yields after every optimiser step.
 
     A hook is the body of your `for`. Checkpoints are written every `checkpoint_minutes`, at the end, and when Ctrl-C
-    or SIGTERM asks the run to stop, which it does after the step at hand. A finished run yields nothing.
+    or SIGTERM asks the run to stop, which it does after the step at hand; leaving the loop by `break` saves nothing.
+    A finished run yields nothing.
 
     Raises:
-        ValueError: the model cannot be built, the data are not there, or the folder holds another run's checkpoint.
+        ValueError: the model cannot be built, the data are not there, the folder holds another run's checkpoint, or a
+            checkpoint could not keep the run.
+        FloatingPointError: the loss or the gradient is not finite; the last checkpoint is from before.
+        OSError: a checkpoint cannot be written; the one before is as it was.
     """
+    _check_can_be_kept(run)
     with join(run.device) as world, _stop_requests() as stop:
         torch.manual_seed(run.seed)
         model = run.model.build()
@@ -197,6 +205,16 @@ def steps(run: Pretrain) -> Iterator[Step]:
         yield from _train(start, optimiser, stop)
 
 
+def _check_can_be_kept(run: Pretrain) -> None:
+    """Refuse now what the first checkpoint would refuse."""
+    try:
+        plain = to_plain(run)
+        if from_plain(plain) != run:
+            raise ValueError("it does not come back equal")
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
+
+
 class _DrawMask:
     """One mask from a generator; a class, so that it pickles into loader workers without the model."""
 
@@ -210,20 +228,32 @@ class _DrawMask:
 def _train(start: Start, optimiser: torch.optim.Optimizer, stop: threading.Event) -> Iterator[Step]:
     run, world = start.run, start.world
     network = world.share(start.model)
-    network.train()
     arriving = start.stream.batches(
         start.first, start.total, workers=run.workers, pin_memory=world.device.type == "cuda"
     )
-    saved = time.monotonic()
+    saved, saved_at = start.first, time.monotonic()
+    unusable = 0
     for number in range(start.first, start.total):
         began = time.monotonic()
         batches = next(arriving)
         waited = time.monotonic() - began
         rate = _learning_rate(start, number)
         loss, norm, samples = _optimise(start, network, optimiser, batches, number, rate)
-        stopping = bool(world.sum(torch.tensor(float(stop.is_set()), device=world.device)))
-        due = time.monotonic() - saved > 60 * run.checkpoint_minutes
-        step = Step(
+        skipped = [problem for batch in batches for problem in batch.skipped]
+        skipped = world.gather(skipped) if samples < run.batch_size else []
+        unusable = 0 if samples else unusable + run.batch_size
+        if unusable >= len(start.stream.samples):
+            raise ValueError(f"no sample could be loaded in a whole epoch; the last: {skipped[-1]}")
+        due = world.first and time.monotonic() - saved_at > 60 * run.checkpoint_minutes
+        # one clock, the first process's, decides for all; any process may be the one that is asked to stop
+        requests = world.sum(torch.tensor([float(stop.is_set()), float(due)], device=world.device))
+        stopping, due = (requests > 0).tolist()
+        if due or stopping or number + 1 == start.total:
+            if world.first:
+                _save(start, optimiser, number + 1)
+            world.wait()
+            saved, saved_at = number + 1, time.monotonic()
+        yield Step(
             number=number + 1,
             loss=loss,
             learning_rate=rate,
@@ -231,16 +261,11 @@ def _train(start: Start, optimiser: torch.optim.Optimizer, stop: threading.Event
             samples=samples,
             seconds=time.monotonic() - began,
             data_seconds=waited,
-            skipped=[problem for batch in batches for problem in batch.skipped],
+            skipped=skipped,
             start=start,
+            saved=saved,
             stopping=stopping and number + 1 < start.total,
         )
-        if due or stopping or number + 1 == start.total:
-            if world.first:
-                _save(start, optimiser, number + 1)
-            world.wait()
-            saved = time.monotonic()
-        yield step
         if stopping:
             return
 
@@ -265,7 +290,8 @@ def _optimise(
     that uneven shares and skipped files leave the mean a mean.
     """
     run, world = start.run, start.world
-    torch.manual_seed(_step_seed(run.seed, number, world.rank))  # drop path, and whatever else a model draws
+    network.train()  # whatever a hook did in between
+    torch.manual_seed(generator(run.seed, 5, number, world.rank).initial_seed())  # drop path, and what else is drawn
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for at, batch in enumerate(batches):
         count = len(batch.pixels)
@@ -275,17 +301,22 @@ def _optimise(
             loss.backward()
         sums += torch.stack([loss.detach().double(), loss.new_tensor(count, dtype=torch.float64)])
     total, samples = world.sum(sums).tolist()
-    norm = 0.0
+    norm, loss = 0.0, total / samples if samples else math.nan
     if samples:
         for parameter in start.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(world.size / samples)
-        norm = float(nn.utils.clip_grad_norm_(start.model.parameters(), run.clip_gradient or float("inf")))
+        norm = float(nn.utils.clip_grad_norm_(start.model.parameters(), run.clip_gradient or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {number + 1}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}; "
+                f"{run.folder / LAST} is from before. Lower --base-lr, or set --clip-gradient"
+            )
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return total / max(samples, 1), norm, int(samples)
+    return loss, norm, int(samples)
 
 
 def _to_device(batch: Batch, start: Start) -> tuple[Tensor, Tensor | None]:
@@ -301,13 +332,9 @@ def _to_device(batch: Batch, start: Start) -> tuple[Tensor, Tensor | None]:
 
 
 def _autocast(run: Pretrain, world: World) -> Any:
-    has_bfloat16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bfloat16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = run.precision == "bfloat16" or (run.precision == "auto" and has_bfloat16)
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _step_seed(seed: int, number: int, rank: int) -> int:
-    return (seed * 1_000_003 + number) * 65_537 + rank
 
 
 def _save(start: Start, optimiser: torch.optim.Optimizer, number: int) -> None:
@@ -372,14 +399,18 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def fit(run: Pretrain) -> None:
+def fit(run: Pretrain) -> bool:
     """Carry out a run here and now, with progress on the console and its journal in the run's folder.
 
     The folder then holds `last.pt`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`, `pictures/`, and `report.html`,
-    one page with all of it. Raises what `steps` raises.
+    one page with all of it. Returns whether the run is finished: False where it was asked to stop before. Raises what
+    `steps` raises.
     """
     from .journal import Journal
 
+    stopped = False
     with Journal(run) as journal:
         for step in steps(run):
+            stopped = step.stopping
             journal.record(step)
+    return not stopped

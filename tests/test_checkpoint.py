@@ -447,3 +447,28 @@ def test_weights_that_do_not_fit_are_refused_with_every_difference() -> None:
 def test_positions_of_an_image_do_not_pass_for_a_clips() -> None:
     with pytest.raises(ValueError, match=r"positions: the file has \(4, 6, 12\), the model \(2, 4, 6, 12\)"):
         checkpoint.load_weights(CLIP.build(), IMAGE.build().state_dict())
+
+
+def test_a_checkpoint_loads_at_another_size(tmp_path: Path) -> None:
+    builder = ConvMAE().input(32).stages(
+        ConvStage(dim=8, depth=1, stride=(4, 4), kernel=(3, 3)),
+        AttentionStage(dim=16, depth=1, stride=(2, 2), heads=2),
+    ).decode(dim=16, depth=1, heads=2)  # fmt: skip
+    checkpoint.save(tmp_path / "small.pt", builder.build())
+    larger = checkpoint.load(tmp_path / "small.pt", size=64)
+    assert larger.trunk.grid == (8, 8)
+    assert larger(torch.randn(2, 3, 64, 64))["loss"].isfinite()
+
+
+def test_a_classifier_starts_from_a_pretrained_trunk_at_another_size(tmp_path: Path) -> None:
+    builder = ConvMAE().input(32).stages(
+        ConvStage(dim=8, depth=1, stride=(4, 4), kernel=(3, 3)),
+        AttentionStage(dim=16, depth=1, stride=(2, 2), heads=2),
+    ).decode(dim=16, depth=1, heads=2)  # fmt: skip
+    model = builder.build()
+    checkpoint.save(tmp_path / "small.pt", model)
+    net = builder.input(48).classifier(5).build()
+    checkpoint.load_trunk(net, tmp_path / "small.pt")
+    assert net(torch.randn(2, 3, 48, 48)).shape == (2, 5)
+    weight = "stages.0.blocks.0.depthwise.weight"
+    assert net.trunk.state_dict()[weight].equal(model.trunk.state_dict()[weight])

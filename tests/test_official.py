@@ -1,7 +1,6 @@
 """The authors' checkpoints: found in any wrapping, inferred from shapes, and refused where they do not match."""
 
 import argparse
-import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -176,40 +175,41 @@ def test_channels_last_weights_load(state: State) -> None:
 
 
 def test_a_first_release_without_mask_token_and_fusion_loads_without_fusion(
-    state: State, caplog: pytest.LogCaptureFixture
+    state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = {name: tensor for name, tensor in state.items() if name != "mask_token" and not name.startswith("stage")}
-    with caplog.at_level(logging.INFO):
-        model = load(first)
+    model = load(first)
+    said = capsys.readouterr().out
     assert not model.builder.fusion
     assert len(model.fusion) == 0
-    assert f"used {len(first)} tensors of {len(first)} in the file" in caplog.messages
-    assert "missing, left as initialised: decoder.mask_token" in caplog.messages
+    assert f"used {len(first)} tensors of {len(first)} in the file" in said
+    assert "missing, left as initialised: decoder.mask_token\n" in said
     assert model(torch.randn(1, 3, 224, 224))["loss"].isfinite()
 
 
 def test_a_whole_file_is_used_whole_and_nothing_is_said_to_be_missing(
-    state: State, caplog: pytest.LogCaptureFixture
+    state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        load(state)
-    assert caplog.messages == [f"used {len(state)} tensors of {len(state)} in the file"]
+    load(state)
+    said = capsys.readouterr().out
+    assert f"used {len(state)} tensors of {len(state)} in the file: " in said
+    assert "missing, left as initialised: none\nunexpected, not used: none\n" in said
 
 
-def test_unexpected_names_are_named(state: State, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        load({**state, "stranger.weight": torch.zeros(3)})
-    assert f"used {len(state)} tensors of {len(state) + 1} in the file" in caplog.messages
-    assert "unexpected, not used: stranger.weight" in caplog.messages
+def test_unexpected_names_are_named(state: State, capsys: pytest.CaptureFixture[str]) -> None:
+    load({**state, "stranger.weight": torch.zeros(3)})
+    said = capsys.readouterr().out
+    assert f"used {len(state)} tensors of {len(state) + 1} in the file" in said
+    assert "unexpected, not used: stranger.weight\n" in said
 
 
 def test_an_encoder_without_a_decoder_loads_and_names_what_is_missing(
-    state: State, caplog: pytest.LogCaptureFixture
+    state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = {n: t for n, t in state.items() if not n.startswith("decoder_") and n != "mask_token"}
     model = official.load(encoder, heads=4)
     assert isinstance(model, MaskedAutoencoder)
-    assert "decoder.blocks.0.attention.qkv.weight" in caplog.text
+    assert "decoder.blocks.0.attention.qkv.weight" in capsys.readouterr().out
     assert model.trunk.state_dict().keys() == load(state).trunk.state_dict().keys()
 
 
@@ -358,3 +358,10 @@ def test_a_damaged_file_is_refused_by_name(state: State, damage: Callable[[bytes
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"damaged\.pth"):
         load(path)
+
+
+def test_positions_are_resized_for_another_input_size(state: State) -> None:
+    model = official.load(state, heads=4, decoder_heads=4, size=96)
+    assert isinstance(model, MaskedAutoencoder)
+    assert tuple(model.trunk.stages[-1].get_parameter("positions").shape[:-1]) == (6, 6)
+    assert model(torch.randn(1, 3, 96, 96))["loss"].isfinite()

@@ -15,8 +15,9 @@ V = TypeVar("V", bound="VideoConvMAE")
 TEMPORAL_KERNEL = 3
 """The temporal size of the depthwise kernels: not published, so chosen here.
 
-Kernels of 3 see the neighbouring time steps, which kernels of 1 do not, and cost little: on two CPU cores a step took
-1.29 times VideoMAE-B's with 1.45 for 5
+Kernels of 3 see the neighbouring time steps, which kernels of 1 do not, at next to no cost: on two CPU cores a step
+of Base took 1.18, 1.20 and 1.24 times VideoMAE-B's for kernels of 1, 3 and 5 (`python benchmarks/pretrain_step.py`).
+Which one is most accurate was not measured.
 """
 
 

@@ -44,18 +44,18 @@ def demo() -> Pretrain:
         .stages(
             ConvStage(dim=48, depth=1, stride=(4, 4), kernel=(5, 5)),
             ConvStage(dim=96, depth=1, stride=(2, 2), kernel=(5, 5)),
-            AttentionStage(dim=192, depth=4, stride=(1, 1), heads=6),
+            AttentionStage(dim=192, depth=3, stride=(1, 1), heads=6),
         )
-        .decode(dim=128, depth=2, heads=4)
+        .decode(dim=96, depth=2, heads=3)
         .predict(targets.pixels())
     )
     return Pretrain(
         model=VideoConvMAE.inflate(image, frames=8).mask(masking.tube(0.75)),
         data=VideoFolder(stride=2),
-        epochs=40,
+        epochs=25,
         batch_size=16,
-        base_lr=1.6e-2,
-        warmup_epochs=4,
+        base_lr=2.4e-2,
+        warmup_epochs=2,
         clip_gradient=1.0,
         workers=1,
         folder=Path("runs/demo"),

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..grids import Neighbours
 
-PAIRS = 512
-"""Pairs of neighbours handled at once: some MB, so that what is gathered is still in cache when it is added."""
+BLOCK = {"cpu": 2**17, "cuda": 2**26}
+"""Numbers gathered at once: on a CPU half a MB in float32, still in its cache when they are added."""
 
 
 def tile_convolution(x: Tensor, weight: Tensor, neighbours: Neighbours | None) -> Tensor:
@@ -100,9 +100,10 @@ class _TileConvolution(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-def _pairs(neighbours: Neighbours) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The pairs beyond the tile, as many at a time as stay in a processor's cache."""
-    return zip(*(torch.split(each, PAIRS) for each in neighbours[1:]), strict=True)
+def _pairs(neighbours: Neighbours, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The pairs beyond the tile, a block at a time."""
+    size = max(1, BLOCK.get(cells.device.type, BLOCK["cuda"]) // cells.shape[1])
+    return zip(*(torch.split(each, size) for each in neighbours[1:]), strict=True)
 
 
 def _planes(cells: Tensor, tile: Sequence[int], neighbours: Neighbours) -> Iterator[Tensor]:
@@ -123,7 +124,7 @@ def _sparse(x: Tensor, weight: Tensor, neighbours: Neighbours) -> Tensor:
     assert out is not None
     out = out.reshape(cells.shape)
     by_tap = weight.flatten(1).t().contiguous()
-    for rows, sources, taps in _pairs(neighbours):
+    for rows, sources, taps in _pairs(neighbours, cells):
         out.index_add_(0, rows, cells.index_select(0, sources).mul_(by_tap.index_select(0, taps)))
     return out.view(x.shape)
 
@@ -134,7 +135,10 @@ def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Ne
     cells, flat = x.reshape(-1, channels), gradient.reshape(-1, channels)
     there = flat.view(-1, height, width, channels)
     ones, buffer = flat.new_ones(1, len(flat)), torch.empty_like(flat).flatten()
-    out = flat.new_zeros(math.prod(weight.shape[2:]), channels)
+    # sums over many cells, so in float32 or better
+    out = torch.zeros(
+        math.prod(weight.shape[2:]), channels, device=flat.device, dtype=torch.promote_types(flat.dtype, torch.float32)
+    )
     planes = _planes(cells, x.shape[2:-1], neighbours)
     in_plane = [[tap - k // 2 for tap in range(k)] for k in weight.shape[-2:]]
     places = ((plane, down, right) for plane in planes for down, right in itertools.product(*in_plane))
@@ -143,7 +147,7 @@ def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, neighbours: Ne
             here = plane[:, max(0, down) : height + down, max(0, right) : width + right]
             product = buffer[: here.numel()].view(here.shape)
             torch.mul(here, there[:, max(0, -down) : height - down, max(0, -right) : width - right], out=product)
-            torch.mm(ones[:, : here.numel() // channels], product.view(-1, channels), out=out[tap : tap + 1])
-    for rows, sources, taps in _pairs(neighbours):
-        out.index_add_(0, taps, flat.index_select(0, rows).mul_(cells.index_select(0, sources)))
+            out[tap] = torch.mm(ones[:, : here.numel() // channels], product.view(-1, channels))[0]
+    for rows, sources, taps in _pairs(neighbours, cells):
+        out.index_add_(0, taps, flat.index_select(0, rows).mul_(cells.index_select(0, sources)).to(out.dtype))
     return out.t().reshape(weight.shape).to(weight.dtype)
