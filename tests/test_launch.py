@@ -286,7 +286,7 @@ def test_a_wrong_run_is_refused_before_anything_starts(desk: Path, says: Says) -
     code, _, err = says("--epochs", "0.5", "--batch-size", "0")
     assert code == 2
     assert "batch_size must be 1 or more; got 0" in err
-    assert "warmup_epochs must be 0 or more, and less than epochs (0.5); got 1" in err
+    assert "warmup_epochs must be 0 or more, and less than epochs, 0.5 (change both together); got 1" in err
     code, _, err = says(recipe="lab_recipes:odd")
     assert code == 2
     assert ".input(size=(30, 30)) is not a multiple of (16, 16)" in err

@@ -34,7 +34,7 @@ def kinetics_pretrain() -> Pretrain:
 
 
 def demo() -> Pretrain:
-    """A small VideoConvMAE on the built-in demo clips, or on your folder: about three minutes on two CPU cores.
+    """A small VideoConvMAE on the built-in demo clips, or on your folder: three to four minutes on two CPU cores.
 
     For a first look; no published counterpart. Clips of 8 frames at 64 pixels, tokens of 2 x 8 x 8, 75 % in tubes.
     """
