@@ -18,8 +18,9 @@ FLOORS: list[set[str]] = [
     {"convmae.nn.classifier", "convmae.nn.masked_autoencoder"},
     {"convmae.nn.initialisation", "convmae.nn"},
     {"convmae.builders"},
-    {"convmae", "convmae.checkpoint"},
+    {"convmae.checkpoint"},
     {"convmae.official"},
+    {"convmae"},
     {
         "convmae.data",
         "convmae.demo",

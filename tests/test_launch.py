@@ -634,7 +634,7 @@ def test_ctrl_c_finishes_the_step_and_saves(desk: Path, flags: list[str]) -> Non
     os.killpg(process.pid, signal.SIGINT)
     rest = process.stdout.read()
     code = process.wait(timeout=60)
-    assert "the same command goes on from there" in rest
+    assert "the same command goes on from step" in rest
     assert (desk / "runs" / "tiny" / "last.pt").exists()
     assert code == (0 if "debug" in flags else 130)
     assert not processes_of(desk)

@@ -45,7 +45,7 @@ def test_every_launcher_line_is_valid_as_typed(line: str, tmp_path: Path) -> Non
     command = [sys.executable, str(ROOT / words[1]), *words[2:], "--dry-run", "--folder", str(tmp_path / "run")]
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, answer in {"sbatch": "", "scontrol": "Slurmctld(primary) at here is UP", "sinfo": "all* gpu:8"}.items():
+    for name, answer in {"sbatch": "", "sinfo": "all*|8|64|256000|1-00:00:00|gpu:8"}.items():
         program = bin_folder / name
         program.write_text(f"#!/bin/sh\necho '{answer}'\n")
         program.chmod(0o755)
