@@ -129,7 +129,7 @@ class _Desk:
         size = " x ".join(map(str, run.model.size))
         print_ = self.console.print
         print_(f"[bold]{type(run.model).__name__}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
-        print_(f"{start.stream.samples!r}", highlight=False, markup=False)
+        print_(f"{start.stream.samples!r}", highlight=False, markup=False, soft_wrap=True)
         print_(f"{run.batch_size} samples a step, {start.total} steps, {_where(start)}")
         if start.first:
             print_(f"going on after step {start.first}")
@@ -204,7 +204,7 @@ class _Desk:
                 f"[yellow]{files} files could not be used, {sum(self.skipped.values())} samples skipped:"
             )
             for (name, reason), count in self.skipped.most_common():
-                self.console.print(f"  {count} x {name}: {reason}", highlight=False, markup=False)
+                self.console.print(f"  {count} x {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
         done = self.last.get("step", self.start.first)
         if finished and done == self.start.total:
             self.console.print(f"finished: loss {_number(self.last['loss'])} after {done} steps")
