@@ -34,7 +34,7 @@ def kinetics_pretrain() -> Pretrain:
 
 
 def demo() -> Pretrain:
-    """A small VideoConvMAE on the built-in demo clips, or on your folder: three to four minutes on two CPU cores.
+    """A small VideoConvMAE on the built-in demo clips, or on your folder: about four minutes on two CPU cores.
 
     For a first look; no published counterpart. Clips of 8 frames at 64 pixels, tokens of 2 x 8 x 8, 75 % in tubes.
     """
@@ -53,8 +53,8 @@ def demo() -> Pretrain:
         model=VideoConvMAE.inflate(image, frames=8).mask(masking.tube(0.75)),
         data=VideoFolder(stride=2),
         epochs=25,
-        batch_size=16,
-        base_lr=2.4e-2,
+        batch_size=8,
+        base_lr=3.2e-2,
         warmup_epochs=2,
         clip_gradient=1.0,
         workers=1,
