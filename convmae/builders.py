@@ -140,8 +140,8 @@ class MAE:
     """A masked autoencoder over a plain ViT (He et al., 2022; arXiv 2111.06377).
 
     Sizes: `MAE.small()`, `.base()`, `.large()`, `.huge()`. With a size of three axes it takes clips:
-    `MAE.base().input((16, 224, 224)).patch((2, 16, 16)).mask(masking.tube(0.9)).with_class_token(False)` has the
-    form of VideoMAE.
+    `MAE.base().input((16, 224, 224)).patch((2, 16, 16)).mask(masking.tube(0.9)).with_class_token(False)` has
+    VideoMAE's encoder and masking; its decoder and target are `.decode(...)` and `.predict(...)` away.
     """
 
     size: Grid = (224, 224)

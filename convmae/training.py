@@ -1,7 +1,7 @@
 """The training loop: a run is a frozen description, `steps(run)` carries it out, `fit(run)` keeps a journal as well.
 
-The loop knows one thing of a model: `model(x, mask=mask)` gives a dict with a scalar `loss`. A run lives in its
-folder, and running it again goes on from the last checkpoint there.
+The loop asks little of a model: masks to draw, and `model(x, mask=mask)` giving a dict with a scalar `loss`. A run
+lives in its folder, and running it again goes on from the last checkpoint there.
 """
 
 from __future__ import annotations

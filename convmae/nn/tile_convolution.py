@@ -9,7 +9,7 @@ convolved by itself with the two-dimensional depthwise kernel that every backend
 ones are slow on CPU and GPU alike); then the few neighbours that lie in other shown tiles are added pair by pair
 (`grids.Neighbours`). So nothing is spent on hidden cells. The backward is the same operator with the kernel flipped,
 for a shown cell is its neighbour's neighbour; it stores the input alone. A faster kernel for one device replaces
-`_TileConvolution`, and nothing else.
+`_TileConvolution`, and may read other tables than `grids.Neighbours`.
 """
 
 from __future__ import annotations
