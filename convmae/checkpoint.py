@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import writing
 from .nn.positions import resize
 from .plain import from_plain, to_plain
 
@@ -33,38 +33,38 @@ def save(path: str | Path, model: nn.Module, **state: Any) -> None:
         ValueError: the model came from no builder, or the state is not tensors and plain data, or takes a name of ours.
         OSError: the disk is full, or the folder cannot be written; the previous file is as it was.
     """
+    write(path, pack(model, model.state_dict(), **state))
+
+
+def pack(model: nn.Module, weights: Mapping[str, Tensor], **state: Any) -> dict[str, Any]:
+    """The content of a checkpoint: what `save` writes, with weights given apart from the model.
+
+    Raises ValueError as `save` does.
+    """
     builder = getattr(model, "builder", None)
     if builder is None:
         raise ValueError("this model came from no builder, so a checkpoint could not build it again: use .build()")
-    content = {"format": FORMAT, "builder": to_plain(builder), "weights": model.state_dict()}
+    content = {"format": FORMAT, "builder": to_plain(builder), "weights": weights}
     if taken := content.keys() & state.keys():
         raise ValueError(f"a checkpoint keeps {', '.join(sorted(taken))} itself: give the state another name")
-    write_atomically(Path(path), {**content, **state})
+    return {**content, **state}
 
 
-def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` to a temporary file beside the path, flushed to the disk, read back, then renamed over it.
+def write(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write what `pack` gave, as `save` does: read back before it takes its name, so that it can be read again.
 
-    Raises ValueError where the content could not be read again without running code from the file.
+    Raises ValueError and OSError as `save` does.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    with writing(Path(path)) as file:
+        try:
             torch.save(dict(content), file)
             file.flush()
-            os.fsync(file.fileno())
+        except RuntimeError as problem:  # how torch's writer says that the disk is full
+            raise OSError(f"{path} cannot be written: {_first_line(problem)}") from problem
         try:
-            torch.load(temporary, weights_only=True, mmap=True, map_location="cpu")
+            torch.load(file.name, weights_only=True, mmap=True, map_location="cpu")
         except pickle.UnpicklingError as problem:
             raise ValueError(f"a checkpoint keeps tensors and plain data only: {_first_line(problem)}") from problem
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 A *source* (an image folder, a video folder, your own frozen dataclass) says where samples are; opened for the
 model's input size it gives *samples*, which load one at a time. `Stream` turns samples into batches.
 
-What is drawn never depends on the number of processes, of loader workers, or on what was drawn before: the n-th
-sample of a run, its augmentation and its mask follow from (seed, n) alone. So a run may stop and go on anywhere,
-and its global batches are the same on any number of nodes.
+What is drawn never depends on the number of processes, of loader workers, or on what was drawn before: the order of
+an epoch follows from (seed, epoch), a sample's augmentation and mask from (seed, epoch, sample index), alone. So a run
+may stop and go on anywhere, and its global batches are the same on any number of nodes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -95,7 +97,7 @@ def generator(*key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Stream:
-    """The samples of a run in order: sample n is sample `n mod len` of epoch `n // len`, shuffled anew each epoch.
+    """The samples of a run in order: number n is the `n mod len`-th of epoch `n // len`, shuffled anew each epoch.
 
     Args:
         samples: the opened source.
@@ -105,6 +107,7 @@ class Stream:
         rank, world: this process and how many share a step; every step's samples are dealt out to them in turn.
         micro_batch: the most samples a process takes at once; None = its whole share of a step.
         draw_mask: draws one mask `(1, *grid)` from a generator; None draws none.
+        detour: another number is another order, and other augmentation and masks, of the same samples.
     """
 
     samples: Samples
@@ -115,17 +118,36 @@ class Stream:
     world: int = 1
     micro_batch: int | None = None
     draw_mask: Callable[[torch.Generator], Tensor] | None = None
+    detour: int = 0
 
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""
         return max(1, round(epochs * len(self.samples) / self.batch_size))
 
     def share(self, step: int) -> list[list[int]]:
-        """The sample numbers this process takes in a step, by micro-batch; one empty list where it gets none."""
+        """The sample numbers this process takes in a step, by micro-batch.
+
+        All processes have equally many micro-batches, as sharded models need; so the last of some may be empty.
+        """
         first = step * self.batch_size
-        own = list(range(first + self.rank, first + self.batch_size, self.world))
-        size = self.micro_batch or max(1, len(own))
-        return [own[at : at + size] for at in range(0, len(own), size)] or [[]]
+        own = range(first + self.rank, first + self.batch_size, self.world)
+        most = -(-self.batch_size // self.world)
+        size = self.micro_batch or most
+        return [list(own[at : at + size]) for at in range(0, most, size)]
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples of an epoch, by index, as they are taken."""
+        return torch.randperm(len(self.samples), generator=generator(self.seed, 0, epoch, self.detour))
+
+    def named(self, numbers: Iterable[int]) -> list[str]:
+        """The samples behind sample numbers, by name."""
+        length, names, epoch, order = len(self.samples), [], -1, torch.empty(0)
+        for number in numbers:
+            if number // length != epoch:
+                epoch = number // length
+                order = self.order(epoch)
+            names.append(self.samples.name(int(order[number % length])))
+        return names
 
     def batches(self, start: int, stop: int, *, workers: int, pin_memory: bool = False) -> Iterator[list[Batch]]:
         """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one)."""
@@ -135,7 +157,7 @@ class Stream:
             num_workers=workers,
             collate_fn=_Collate(self),
             pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent if workers else None,
+            worker_init_fn=_as_a_worker if workers else None,
             persistent_workers=False,
         )
         arriving = iter(loader)
@@ -144,7 +166,7 @@ class Stream:
 
 
 class _Numbers(Sampler[list[tuple[int, int]]]):
-    """(sample number, index into the samples) for every micro-batch, from a step to a step."""
+    """(epoch, index into the samples) for every micro-batch, from a step to a step."""
 
     def __init__(self, stream: Stream, start: int, stop: int) -> None:
         self.stream, self.start, self.stop = stream, start, stop
@@ -157,23 +179,20 @@ class _Numbers(Sampler[list[tuple[int, int]]]):
                 for number in numbers:
                     epoch, place = divmod(number, length)
                     if epoch != shuffled:
-                        order, shuffled = (
-                            torch.randperm(length, generator=generator(self.stream.seed, 0, epoch)),
-                            epoch,
-                        )
-                    pairs.append((number, int(order[place])))
+                        order, shuffled = self.stream.order(epoch), epoch
+                    pairs.append((epoch, int(order[place])))
                 yield pairs
 
 
 class _Numbered(Dataset[Any]):
-    """Loads sample `index` with the randomness of sample `number`."""
+    """Loads a sample with the randomness of its epoch."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Sample, Tensor | None] | UnusableFileError:
-        number, index = pair
-        random = generator(self.stream.seed, 1, number)
+        epoch, index = pair
+        random = generator(self.stream.seed, 1, epoch, index, self.stream.detour)
         mask = None if self.stream.draw_mask is None else self.stream.draw_mask(random)
         try:
             return self.stream.samples.load(index, random), mask
@@ -201,7 +220,12 @@ class _Collate:
         return Batch(stacked, torch.tensor([sample.label for sample, _ in usable], dtype=torch.long), mask, skipped)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and the cluster's signals reach every process of the group; the parent decides, workers go on."""
+def _as_a_worker(worker: int) -> None:
+    """Leave Ctrl-C and the cluster's signals, which reach every process of the group, to the parent; die with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h

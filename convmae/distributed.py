@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as states
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from .nn.layers import blocks
 
 T = TypeVar("T")
 
@@ -29,11 +37,23 @@ class World:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def share(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over all processes."""
+    def share(self, model: nn.Module, *, sharded: bool = False) -> nn.Module:
+        """The model with its gradients averaged over all processes.
+
+        Sharded, every process keeps its part of parameters, gradients and optimiser state (FSDP2), block by block: the
+        model itself is changed, and each of its forward passes needs all processes.
+        """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model)  # no device_ids: they would move the mask off the CPU
+        if not sharded:
+            return DistributedDataParallel(model)  # no device_ids: they would move the mask off the CPU
+        # FSDP2 warns of in-place changes to a view that it gives out; there are none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -49,18 +69,53 @@ class World:
         dist.all_gather_object(gathered, items)
         return [item for own in gathered for item in own]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
+    def tell(self, find: Callable[[], T]) -> T:
+        """What the first process finds, as all are told; an error of its is everybody's."""
+        if self.size == 1:
+            return find()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = find()
+            except Exception as error:  # raised below, everywhere
+                told[1] = error
+        dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
+        found: T = told[0]
+        return found
+
+
+def state_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and optimiser state, whole and on the CPU, whoever keeps which part; empty where not the first process.
+
+    All processes must call it. The tensors are copies: training may go on while they are written.
+    """
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    own: Any
+    moments: Any
+    own, moments = states.get_state_dict(model, optimiser, options=whole)
+    on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the way to the CPU has copied them
+    return copy.deepcopy((own, moments)) if on_cpu else (own, moments)
+
+
+def take_up_state(
+    model: nn.Module, optimiser: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Any]
+) -> None:
+    """The inverse of `state_of`: the first process has the state, all must call it."""
+    several = dist.is_initialized()
+    whole = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    states.set_model_state_dict(model, dict(weights), options=whole)
+    states.set_optimizer_state_dict(model, optimiser, dict(moments), options=whole)
 
 
 @contextmanager
-def join(device: str) -> Iterator[World]:
+def join(device: str, *, minutes: float = 20) -> Iterator[World]:
     """Meet the other processes named by RANK and WORLD_SIZE, as torchrun and the launchers set them; alone without.
 
     Args:
         device: "auto" (this process's GPU where there is one), "cpu", "cuda" or another of torch's.
+        minutes: how long to wait for another process before giving up.
 
     Raises:
         ValueError: the device is not to be had here.
@@ -78,15 +133,23 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    # gloo beside NCCL: what is told from process to process is on the CPU
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield World(rank, size, place)
     finally:
         dist.destroy_process_group()
 
 
-def synchronised(model: nn.Module, last: bool) -> Any:
+@contextmanager
+def synchronised(network: nn.Module, last: bool) -> Iterator[None]:
     """The context of one backward: gradients are exchanged in a step's last micro-batch only."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+        yield
+    elif last or not isinstance(network, DistributedDataParallel):
+        yield
+    else:
+        with network.no_sync():
+            yield

@@ -1,7 +1,7 @@
 """What a run tells: progress on the console, and in its folder metrics, skipped files, TensorBoard, pictures, a page.
 
-All of it is written by the first process alone. Metrics are lines of JSON that survive a stop: going on from a
-checkpoint drops the lines of steps that will be done again.
+All of it is written by the first process alone. Metrics are lines of JSON that survive a stop or a kill: a run
+that goes on drops the lines of steps that it does again, and writes the very lines it would have written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -20,12 +21,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 from torch import Tensor
@@ -33,12 +35,16 @@ from torch import Tensor
 from . import pictures, report
 from .builders import MAE
 from .data import UnusableFileError, generator
+from .files import append_line, lines, write_whole
+from .progress import Progress, Start, Step
+from .run import Pretrain
+from .run_folder import LAST, job_id, note
 from .targets import normalize
-from .training import Pretrain, Start, Step
 
 _log = logging.getLogger(__name__)
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+SHOWN = ("loss", "learning_rate", "gradient_norm", "bad_steps", "samples_per_second", "data_wait", "skipped")
 STRIPS = 4  # samples in a picture
 PAGE_SECONDS = 30  # least time between two writings of the page, longer where they take long
 
@@ -59,160 +65,197 @@ def describe(run: Pretrain) -> str:
 
 
 class Journal:
-    """Keeps a run's journal; a context manager, whose `record` takes each step in turn."""
+    """Keeps a run's journal; a context manager, whose `record` every process calls after each step.
 
-    def __init__(self, run: Pretrain, console: Console | None = None) -> None:
-        self.run = run
-        self.console = console or Console()
-        self._closing = contextlib.ExitStack()
-        self._desk: _Desk | None = None
-        self._first = int(os.environ.get("RANK", 0)) == 0
+    Only the first process writes and speaks. The others take part where a picture needs the whole model.
+    """
 
-    def __enter__(self) -> Journal:
-        if self._first:
-            self._closing.enter_context(_logging_to(self.console))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._closing:
-            if self._desk is not None:
-                self._desk.close(finished=error is None)
-            elif self._first and error is None:
-                self.console.print(f"{self.run.folder} is already finished: nothing left to do")
-
-    def record(self, step: Step) -> None:
-        """Take a step: every process calls it, the first one writes."""
-        if not self._first:
-            return
-        if self._desk is None:
-            self._desk = _Desk(step.start, self.console, self._closing)
-        self._desk.take(step)
-
-
-class _Desk:
-    """The first process's files and display, open from the first step to the last."""
-
-    def __init__(self, start: Start, console: Console, closing: contextlib.ExitStack) -> None:
-        self.start, self.folder, self.console = start, start.run.folder, console
-        self.began = time.time()
-        for name in (METRICS, SKIPPED):
-            _forget_after(self.folder / name, start.first)
-        for picture in (self.folder / "pictures").glob("step-*"):
-            if int(picture.stem.removeprefix("step-")) > start.first:
-                picture.unlink()  # of steps that will be done again
-        _write(self.folder / "run.txt", describe(start.run))
-        _write(self.folder / "environment.json", json.dumps(_environment(start), indent=1))
-        self.before = _last_seconds(self.folder / METRICS)
-        self.metrics = closing.enter_context((self.folder / METRICS).open("a"))
-        self.skipped_lines = closing.enter_context((self.folder / SKIPPED).open("a"))
-        self.board = self._open_board()
-        self.skipped = collections.Counter((line["file"], line["reason"]) for line in _lines(self.folder / SKIPPED))
-        self.recent: list[Step] = []
-        self.saved = start.first
+    def __init__(self, start: Start, console: Console) -> None:
+        self.start, self.run, self.folder, self.console = start, start.run, start.run.folder, console
+        self.gallery = _Gallery(start) if start.world.first or _needs_all(start) else None
+        self.closing = contextlib.ExitStack()
+        self.number, self.saved = start.first, start.first
         self.last: dict[str, Any] = {}
         self.page_due = 0.0
-        self.gallery = _Gallery(start)
-        self.introduce()
-        self.display = _Display(start, console)
+
+    def __enter__(self) -> Journal:
+        if self.start.world.first:
+            with contextlib.ExitStack() as closing:
+                self._open(closing)
+                self.closing = closing.pop_all()
+        self._draw_if_due(self.start.first, missing_only=True)
+        return self
+
+    def _open(self, closing: contextlib.ExitStack) -> None:
+        start = self.start
+        _forget_after(self.folder / METRICS, start.first)
+        window = start.progress.window
+        told = {line["step"] for line in lines(self.folder / METRICS)}
+        untold = window.closed and start.first not in told  # the run was killed between its checkpoint and its line
+        _forget_after(self.folder / SKIPPED, start.first if window.closed and not untold else window.since - 1)
+        self._forget_pictures_after(start.first)
+        write_whole(self.folder / "run.txt", describe(start.run))
+        write_whole(self.folder / "environment.json", json.dumps(_environment(start), indent=1))
+        self.skipped = collections.Counter((line["file"], line["reason"]) for line in lines(self.folder / SKIPPED))
+        self.board = self._open_board()
+        closing.callback(self.board.close)
+        self.wandb = _open_wandb(start)
+        self._introduce()
+        self.display = _Display(start, self.console)
         closing.enter_context(self.display)
+        if untold:
+            self._write_line(start.first, start.progress)
+
+    def _forget_pictures_after(self, step: int) -> None:
+        for picture in (self.folder / "pictures").glob("step-*"):
+            if int(picture.stem.removeprefix("step-")) > step:
+                picture.unlink()
 
     def _open_board(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start.first)
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start.first + 1)
 
-    def introduce(self) -> None:
-        run, start = self.start.run, self.start
+    def _introduce(self) -> None:
+        run, start = self.run, self.start
         parameters = sum(parameter.numel() for parameter in start.model.parameters())
         size = " x ".join(map(str, run.model.size))
         print_ = self.console.print
+        if start.first == start.total:
+            print_(f"{self.folder} is already finished: nothing left to do")
+            return
         print_(f"[bold]{type(run.model).__name__}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
-        print_(f"{start.stream.samples!r}", highlight=False, markup=False, soft_wrap=True)
+        print_(f"{start.samples!r}", highlight=False, markup=False, soft_wrap=True)
         print_(f"{run.batch_size} samples a step, {start.total} steps, {_where(start)}")
         if start.first:
             print_(f"going on after step {start.first}")
         print_(f"everything goes to {self.folder}", highlight=False)
+        event = "resumed" if start.first else "started"
+        note(self.folder, event, start.first, f"{_where(start)}, {socket.gethostname()}")
 
-    def take(self, step: Step) -> None:
-        self._note_skipped(step)
-        self.recent.append(step)
-        self.saved = step.saved
-        last = step.number == self.start.total or step.stopping
-        if step.number % self.start.run.log_every == 0 or last or step.number == self.start.first + 1:
-            self._write_metrics()
-        self.display.advance(step, self.last)
-        if self._picture_due(step.number):
-            self._draw(step.number)
+    def record(self, step: Step) -> None:
+        """Take a step."""
+        self.number, self.saved = step.number, step.saved
+        if self.start.world.first:
+            self._write(step)
+        if step.back_to is not None:
+            self._go_back(step.back_to)
+        else:
+            self._draw_if_due(step.number)
+
+    def _write(self, step: Step) -> None:
+        for event in step.events:
+            note(self.folder, event.kind, step.number, event.text)
+        self._warn_of_skipped(step)
+        if step.back_to is None and step.progress.window.closed:
+            self._write_line(step.number, step.progress)
+        self.display.advance(step, self._line(step.number, step.progress))
         if time.time() > self.page_due:
             self._write_page()
 
-    def _write_metrics(self) -> None:
-        steps, step = self.recent, self.recent[-1]
-        seconds = sum(one.seconds for one in steps)
-        samples = sum(one.samples for one in steps)
-        self.last = {
-            "step": step.number,
+    def _go_back(self, step: int) -> None:
+        self.number = step
+        if self.start.world.first:
+            for name in (METRICS, SKIPPED):
+                _forget_after(self.folder / name, step)
+            self._forget_pictures_after(step)
+
+    def _line(self, number: int, progress: Progress) -> dict[str, Any]:
+        window = progress.window
+        return {
+            "step": number,
             "steps": self.start.total,
-            "epoch": round(step.epoch, 4),
-            "samples": step.number * self.start.run.batch_size,
-            "loss": sum(one.loss * one.samples for one in steps if one.samples) / samples if samples else None,
-            "learning_rate": step.learning_rate,
-            "gradient_norm": max(one.gradient_norm for one in steps),
-            "samples_per_second": samples / seconds,
-            "data_wait": sum(one.data_seconds for one in steps) / seconds,
-            "skipped": sum(self.skipped.values()),
-            "seconds": round(self.before + time.time() - self.began, 2),
+            "since": window.since,
+            "epoch": round(number * self.run.batch_size / len(self.start.samples), 4),
+            "samples": number * self.run.batch_size,
+            "loss": window.loss / window.samples if window.samples else None,
+            "learning_rate": self.run.rate(number - 1, self.start.total),
+            "gradient_norm": window.gradient_norm,
+            "bad_steps": progress.bad_steps,
+            "samples_per_second": window.samples / window.seconds if window.seconds else 0.0,
+            "data_wait": window.data_seconds / window.seconds if window.seconds else 0.0,
+            "skipped": progress.skipped,
+            "seconds": round(progress.seconds, 2),
             "time": round(time.time(), 2),
         }
-        self.recent = []
-        _append(self.metrics, self.last)
-        for name in ("loss", "learning_rate", "gradient_norm", "samples_per_second", "data_wait"):
-            if self.last[name] is not None:
-                self.board.add_scalar(name, self.last[name], step.number)
 
-    def _note_skipped(self, step: Step) -> None:
+    def _write_line(self, number: int, progress: Progress) -> None:
+        self.last = self._line(number, progress)
+        for name, reason, step in progress.window.skipped:
+            append_line(self.folder / SKIPPED, {"file": name, "reason": reason, "step": step})
+        append_line(self.folder / METRICS, self.last)
+        shown = {name: self.last[name] for name in SHOWN if self.last[name] is not None}
+        for name, value in shown.items():
+            self.board.add_scalar(name, value, number)
+        if self.wandb is not None:
+            self.wandb.log(shown, step=number)
+
+    def _warn_of_skipped(self, step: Step) -> None:
         for problem in step.skipped:
             key = (problem.name, problem.reason)
             if not self.skipped[key]:
                 _log.warning("skipped %s", problem)
             self.skipped[key] += 1
-            _append(self.skipped_lines, {"file": problem.name, "reason": problem.reason, "step": step.number})
 
-    def _picture_due(self, number: int) -> bool:
-        count, total = self.start.run.pictures, self.start.total
-        return count > 0 and (number == total or number * count // total > (number - 1) * count // total)
-
-    def _draw(self, number: int) -> None:
-        paths = self.gallery.draw(self.folder / "pictures" / f"step-{number:08d}")
-        if paths:
-            self.board.add_image("reconstructions", _png(paths[0]), number, dataformats="HWC")
+    def _draw_if_due(self, number: int, *, missing_only: bool = False) -> None:
+        """A picture at so many places of the run; one that a kill left out is drawn when the run goes on."""
+        count, total = self.run.pictures, self.start.total
+        due = number > 0 and count > 0 and (number * count // total > (number - 1) * count // total)
+        stem = self.folder / "pictures" / f"step-{number:08d}"
+        if missing_only:
+            due = self.start.world.tell(lambda: due and not list(stem.parent.glob(f"{stem.name}*")))
+        if due and self.gallery is not None:
+            paths = self.gallery.draw(stem)
+            if paths and self.start.world.first:
+                self.board.add_image("reconstructions", _png(paths[0]), number, dataformats="HWC")
 
     def _write_page(self) -> None:
         began = time.time()
         report.write(self.folder)
         self.page_due = time.time() + max(PAGE_SECONDS, 50 * (time.time() - began))
 
-    def close(self, *, finished: bool) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.closing:
+            if self.start.world.first:
+                self._close(failed=error is not None)
+
+    def _close(self, *, failed: bool) -> None:
         self.display.stop()
-        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(failed))
         self._write_page()
+        print_ = self.console.print
         if self.skipped:
             files = len({name for name, _ in self.skipped})
-            self.console.print(
-                f"[yellow]{files} files could not be used, {sum(self.skipped.values())} samples skipped:"
-            )
+            print_(f"[yellow]{files} files could not be used, {sum(self.skipped.values())} samples skipped:")
             for (name, reason), count in self.skipped.most_common():
-                self.console.print(f"  {count} x {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
-        done = self.last.get("step", self.start.first)
-        if finished and done == self.start.total:
-            self.console.print(f"finished: loss {_number(self.last['loss'])} after {done} steps")
-        else:
-            at = f"stopped after step {done} of {self.start.total}"
-            self.console.print(f"{at}: the same command goes on from step {self.saved}, the last that was saved")
-        for name in ("last.pt", "report.html"):
-            self.console.print(f"  {self.folder / name}", highlight=False)
+                print_(f"  {count} x {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        if self.number < self.start.total or failed:
+            at = f"stopped after step {self.number} of {self.start.total}"
+            print_(f"{at}: the same command goes on from step {self.saved}, the last that was saved")
+        elif self.last:
+            print_(f"finished: loss {_number(self.last['loss'])} after {self.number} steps")
+            note(self.folder, "finished", self.number, f"loss {_number(self.last['loss'])}")
+        for name in (LAST, "report.html"):
+            print_(f"  {self.folder / name}", highlight=False)
+
+
+def _needs_all(start: Start) -> bool:
+    """Whether a forward pass needs all processes, as each has a part of the model."""
+    return start.run.parallel == "fsdp" and start.world.size > 1
+
+
+def _open_wandb(start: Start) -> Any:
+    """The run's page at Weights & Biases, the same one whenever it goes on; None where none is wanted."""
+    if start.run.wandb is None:
+        return None
+    import wandb
+
+    folder = start.run.folder.absolute()
+    name = hashlib.sha256(f"{socket.gethostname()}:{folder}:{folder.stat().st_ino}".encode()).hexdigest()[:16]
+    return wandb.init(project=start.run.wandb, name=folder.name, id=name, resume="allow", dir=str(folder))
 
 
 class _Gallery:
@@ -223,7 +266,7 @@ class _Gallery:
         self.x, self.mask = self._choose() if start.run.pictures else (None, None)
 
     def _choose(self) -> tuple[Tensor | None, Tensor | None]:
-        samples, model, seed = self.start.stream.samples, self.start.model, self.start.run.seed
+        samples, model, seed = self.start.samples, self.start.model, self.start.run.seed
         chosen = []
         for place in torch.randperm(len(samples), generator=generator(seed, 2)).tolist():
             with contextlib.suppress(UnusableFileError):
@@ -239,7 +282,6 @@ class _Gallery:
         model, device = self.start.model, self.start.world.device
         if self.x is None or self.mask is None or not hasattr(model.target, "invert"):
             return []
-        stem.parent.mkdir(parents=True, exist_ok=True)
         training = model.training
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -247,6 +289,8 @@ class _Gallery:
             out = model(x, mask=self.mask)
             rebuilt = model.reconstruct(x, out["prediction"], out["mask"])
         model.train(training)
+        if not self.start.world.first:
+            return []
         return pictures.save(stem, x.cpu(), out["mask"].cpu(), rebuilt.cpu(), rows=STRIPS)
 
 
@@ -256,8 +300,8 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
     def __init__(self, start: Start, console: Console) -> None:
         self.start, self.console = start, console
         self.printed = 0.0
-        self.spent = 0.0
-        self.bar = Progress(
+        self.spent, self.taken = 0.0, 0
+        self.bar = Bar(
             TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             _Status(),
@@ -273,21 +317,17 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
         self.bar.stop()
 
     def advance(self, step: Step, metrics: dict[str, Any]) -> None:
-        if step.number == self.start.first + 1:
+        if self.taken == 1:
             self.bar.start()
-        self.spent += step.seconds
-        left = self.spent / (step.number - self.start.first) * (self.start.total - step.number)
+        self.spent, self.taken = self.spent + step.seconds, self.taken + 1
+        left = self.spent / self.taken * (self.start.total - step.number)
         status = (
             f"loss {_number(metrics['loss'])}  lr {metrics['learning_rate']:.2e}  "
             f"{metrics['samples_per_second']:.1f} samples/s  data {metrics['data_wait']:.0%}  {_duration(left)} left"
         )
         self.bar.update(self.task, completed=step.number, status=status)
-        fresh = metrics["step"] == step.number
-        if (
-            not self.console.is_terminal
-            and fresh
-            and (time.time() - self.printed > 5 or step.number == self.start.total)
-        ):
+        now = time.time() - self.printed > 5 and step.progress.window.closed
+        if not self.console.is_terminal and (now or step.number == self.start.total):
             self.printed = time.time()
             self.console.print(f"step {step.number}/{self.start.total}  {status}", highlight=False, soft_wrap=True)
 
@@ -311,7 +351,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def _environment(start: Start) -> dict[str, str | int]:
+def _environment(start: Start) -> dict[str, str | int | None]:
     from . import __version__
 
     return {
@@ -321,36 +361,15 @@ def _environment(start: Start) -> dict[str, str | int]:
         "host": socket.gethostname(),
         "device": _where(start),
         "processes": start.world.size,
+        "job": job_id(),
         "command": " ".join(sys.argv),
     }
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _append(file: TextIO, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; none where there is no file."""
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                yield json.loads(line)
-
-
 def _forget_after(path: Path, step: int) -> None:
     """Keep the lines up to a step."""
-    _write(path, "".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step))
-
-
-def _last_seconds(path: Path) -> float:
-    return max((float(line["seconds"]) for line in _lines(path)), default=0.0)
+    kept = [json.dumps(line) + "\n" for line in lines(path) if line["step"] <= step]
+    write_whole(path, "".join(kept))
 
 
 def _png(path: Path) -> Any:
@@ -362,18 +381,19 @@ def _png(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _logging_to(console: Console) -> Iterator[None]:
-    """The framework's log lines on this console, above the progress bar, unless the user set up logging."""
-    logs = [logging.getLogger(name) for name in ("convmae", "video")]
-    if logging.getLogger().handlers:
-        yield
+def console_log() -> Iterator[Console]:
+    """A console for the first process, with the framework's log lines on it, unless the user set up logging."""
+    console = Console()
+    if logging.getLogger().handlers or int(os.environ.get("RANK", 0)) > 0:
+        yield console
         return
+    logs = [logging.getLogger(name) for name in ("convmae", "video")]
     handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
     for log in logs:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
-        yield
+        yield console
     finally:
         for log in logs:
             log.removeHandler(handler)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from convmae.targets import unit_range
+from .files import write_whole
+from .targets import unit_range
 
 VERSIONS = ("original", "masked", "reconstruction")
 
@@ -150,15 +150,6 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     total = np.concatenate([[0.0], np.cumsum(values)])
     means: NDArray[np.float64] = (total[stop] - total[start]) / (stop - start)
     return means
-
-
-def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file so that readers, and a run killed here, find the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-    return path
 
 
 def _write_png(path: Path, sheet: Image.Image) -> Path:

@@ -22,7 +22,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from convmae.pictures import curve, series, smoothed, write_whole
+from .files import lines, write_whole
+from .pictures import curve, series, smoothed
 
 _EARLIER, _THUMBNAIL, _ROWS = 12, 720, 100
 
@@ -39,7 +40,7 @@ def write(folder: Path) -> Path:
     folder = folder.resolve()
     if not folder.is_dir():
         raise ValueError(f"no run's folder at {folder}")
-    metrics, skipped = _lines(folder / "metrics.jsonl"), _lines(folder / "skipped.jsonl")
+    metrics, skipped = list(lines(folder / "metrics.jsonl")), list(lines(folder / "skipped.jsonl"))
     last = metrics[-1] if metrics else {}
     latest, earlier = _pictures(folder / "pictures")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -56,7 +57,7 @@ def write(folder: Path) -> Path:
         skipped=Counter((str(line.get("file")), str(line.get("reason"))) for line in skipped).most_common(),
         rows=_ROWS,
     )
-    return write_whole(folder / "report.html", text.encode("utf-8"))
+    return write_whole(folder / "report.html", text)
 
 
 def _text(path: Path) -> str:
@@ -70,10 +71,6 @@ def _object(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [found for line in _text(path).split("\n") if (found := _object(line))]
 
 
 def _number(line: Mapping[str, Any], name: str) -> float | None:

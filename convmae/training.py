@@ -1,192 +1,99 @@
 """The training loop: a run is a frozen description, `steps(run)` carries it out, `fit(run)` keeps a journal as well.
 
 The loop asks little of a model: masks to draw, and `model(x, mask=mask)` giving a dict with a scalar `loss`. A run
-lives in its folder, and running it again goes on from the last checkpoint there.
+lives in its folder, and running it again goes on from the newest checkpoint there: on the same number of processes
+with the same bits as if it had never stopped (on the CPU; on GPUs as far as their kernels are deterministic).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint
-from .builders import MAE
-from .data import Batch, Source, Stream, UnusableFileError, generator
+from .data import Batch, Samples, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
+from .keeper import Keeper
+from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
-from .optimisation import adamw, learning_rate
-from .plain import from_plain, to_plain
+from .optimisation import adamw
+from .progress import Event, Progress, Start, Step, Window
+from .run import Pretrain, check, refusal
+from .run_folder import Checkpoints, failures, forget_failures, note, occupied, record_failure
 from .targets import normalize
+from .watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-LAST = "last.pt"
-FREE = ("folder", "workers", "micro_batch", "device", "checkpoint_minutes", "log_every", "pictures", "epochs")
-"""The fields of a run that may differ when it goes on: they say where, how long and how watched, not what is learnt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """A pretraining run: everything that decides its result, and where it is kept.
-
-    Args:
-        model: the builder of the masked autoencoder.
-        data: the source of samples, loaded at the model's input size.
-        epochs: passes over the data.
-        batch_size: samples of one optimiser step, over all processes and accumulated micro-batches.
-        folder: where checkpoint, metrics and pictures go; a run goes on from its folder.
-        base_lr: peak learning rate for 256 samples; the real one is base_lr * batch_size / 256.
-        min_lr: learning rate at the end of the cosine.
-        warmup_epochs: epochs of linear warm-up.
-        betas: of AdamW.
-        weight_decay: of AdamW; not on norms, biases, positions and tokens.
-        clip_gradient: largest norm of the gradient; 0 does not clip.
-        seed: of initial weights, order, augmentation and masks.
-        precision: "auto" is bfloat16 autocast on GPUs that have it, float32 elsewhere.
-        micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
-        workers: loader processes of each training process.
-        device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
-        checkpoint_minutes: time between checkpoints.
-        log_every: steps between lines of metrics.
-        pictures: how many times during the run reconstructions are drawn.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    model: MAE
-    data: Source
-    epochs: float
-    batch_size: int
-    folder: Path
-    base_lr: float = 1.5e-4
-    min_lr: float = 0.0
-    warmup_epochs: float = 40
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    clip_gradient: float = 0.0
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    micro_batch: int | None = None
-    workers: int = 8
-    device: str = "auto"
-    checkpoint_minutes: float = 10
-    log_every: int = 10
-    pictures: int = 10
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be {what}; got {getattr(self, name)!r}"
-            for name, what, holds in (
-                ("epochs", "positive", self.epochs > 0),
-                ("batch_size", "1 or more", self.batch_size >= 1),
-                ("base_lr", "positive", self.base_lr > 0),
-                ("min_lr", "0 or more", self.min_lr >= 0),
-                (
-                    "warmup_epochs",
-                    f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
-                    0 <= self.warmup_epochs < self.epochs,
-                ),
-                ("weight_decay", "0 or more", self.weight_decay >= 0),
-                ("clip_gradient", "0 or more", self.clip_gradient >= 0),
-                ("seed", "0 or more", self.seed >= 0),
-                ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
-                ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
-                ("workers", "0 or more", self.workers >= 0),
-                ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
-                ("log_every", "1 or more", self.log_every >= 1),
-                ("pictures", "0 or more", self.pictures >= 0),
-            )
-            if not holds
-        ]
-        if problems:
-            raise ValueError("this run cannot be:" + "".join(f"\n  - {problem}" for problem in problems))
-
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after warm-up: base_lr scaled from 256 samples to the batch size."""
-        return self.base_lr * self.batch_size / 256
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run is about to do; `steps` yields nothing before it is known, and every step carries it."""
-
-    run: Pretrain
-    world: World
-    model: MaskedAutoencoder
-    stream: Stream
-    first: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished optimiser step, over all processes.
-
-    Args:
-        number: steps done, 1 after the first.
-        loss: mean over the step's usable samples.
-        learning_rate: that this step used.
-        gradient_norm: before clipping.
-        samples: that could be used; the step changes nothing where there were none.
-        seconds: that the step took.
-        data_seconds: of them, waiting for data.
-        skipped: samples that could not be loaded, of all processes.
-        start: the run, the model (unwrapped), the world.
-        saved: steps in the last checkpoint of this session of the run.
-        stopping: whether this is the last step before the run stops early, asked by a signal.
-    """
-
-    number: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    samples: int
-    seconds: float
-    data_seconds: float
-    skipped: list[UnusableFileError]
-    start: Start
-    saved: int
-    stopping: bool = False
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self.number * self.start.run.batch_size / len(self.start.stream.samples)
+__all__ = ["Event", "Pretrain", "Progress", "Session", "Start", "Step", "Window", "fit", "opened", "refusal", "steps"]
 
 
 def steps(run: Pretrain) -> Iterator[Step]:
-    """Train, from the folder's checkpoint if there is one; yields after every optimiser step.
+    """Train, from the folder's newest checkpoint if there is one; yields after every optimiser step.
 
-    A hook is the body of your `for`. Checkpoints are written every `checkpoint_minutes`, at the end, and when Ctrl-C
-    or SIGTERM asks the run to stop, which it does after the step at hand; leaving the loop by `break` saves nothing.
-    A finished run yields nothing.
+    A hook is the body of your `for`. Checkpoints are written beside the training, when `checkpoint_minutes` have passed
+    or `checkpoint_steps` are done, at the end, and when Ctrl-C, SIGTERM or SIGUSR2 asks the run to stop, which it does
+    after the step at hand. Leaving the loop by `break` saves nothing. A finished run yields nothing.
 
     Raises:
-        ValueError: the model cannot be built, the data are not there, the folder holds another run's checkpoint, or a
-            checkpoint could not keep the run.
-        FloatingPointError: the loss or the gradient is not finite; the last checkpoint is from before.
-        OSError: a checkpoint cannot be written; the one before is as it was.
+        ValueError: the model cannot be built, the data are not there or have changed, the folder is in use or holds
+            another run's checkpoint, or a checkpoint could not keep the run.
+        FloatingPointError: loss or gradient were not finite in too many steps; the checkpoints are from before.
+        OSError: a checkpoint cannot be written; the ones before are as they were.
     """
-    _check_can_be_kept(run)
-    with join(run.device) as world, _stop_requests() as stop:
+    with opened(run) as session:
+        yield from session
+
+
+@contextmanager
+def opened(run: Pretrain) -> Iterator[Session]:
+    """A run about to begin or to go on, whose steps are then taken by iterating; raises what `steps` does."""
+    check(run)
+    with ExitStack() as closing:
+        stop = closing.enter_context(_stop_requests())
+        world = closing.enter_context(join(run.device, minutes=run.hang_minutes))
         torch.manual_seed(run.seed)
         model = run.model.build()
-        samples = run.data.open(run.model.size)
-        stream = Stream(
+        samples = world.tell(lambda: run.data.open(run.model.size))
+        world.tell(lambda: closing.enter_context(_in_folder(run)))
+        session = closing.enter_context(Session(run, world, model, samples, stop))
+        yield session
+
+
+@contextmanager
+def _in_folder(run: Pretrain) -> Iterator[None]:
+    """The run's folder, made where it is not there, locked and swept; the first process holds it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # The lock of a node that lost its power outlives it a little.
+    with occupied(run.folder, patience=180 if os.environ.get("SLURM_RESTART_COUNT") else 5):
+        Checkpoints(run.folder, last=run.keep_last, every=run.keep_every).sweep()
+        for words in failures(run.folder):
+            note(run.folder, "failed", words["step"], f"process {words['rank']} on {words['host']}: {words['error']}")
+        forget_failures(run.folder)
+        yield
+
+
+class Session:
+    """A run under way: what it holds; iterating over it takes the steps that are left."""
+
+    def __init__(
+        self, run: Pretrain, world: World, model: MaskedAutoencoder, samples: Samples, stop: threading.Event
+    ) -> None:
+        self.run, self.world, self.model, self.stop = run, world, model.to(world.device), stop
+        self.stream = Stream(
             samples,
             run.model.size,
             run.seed,
@@ -196,23 +103,226 @@ def steps(run: Pretrain) -> Iterator[Step]:
             micro_batch=run.micro_batch,
             draw_mask=_DrawMask(model),
         )
-        total = stream.steps_in(run.epochs)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        model.to(world.device)
-        optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
-        first = _resume(run, model, optimiser)
-        start = Start(run, world, model, stream, first, total)
-        yield from _train(start, optimiser, stop)
+        if run.recompute:
+            recompute(model)
+        self.network = world.share(model, sharded=run.parallel == "fsdp")
+        if run.compile:
+            self.network.compile()
+        self.optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
+        self.keeper = Keeper(run, world, model, self.optimiser, samples)
+        self.progress = self.keeper.take_up() or Progress()
+        if not self.keeper.checkpoints.steps():
+            self.keeper.save(self.progress)  # to go back to; and a disk that cannot be written is known now
+        self.bad_in_a_row = 0
+        total = self.stream.steps_in(run.epochs)
+        self.start = Start(run, world, model, samples, self.progress.step, total, self.progress)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.keeper.close()
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.progress.step >= self.start.total:
+            return
+        with Watchdog(self.run.hang_minutes, self._last_words) as watchdog:
+            self._rehearse()
+            while True:
+                for step in self._along(replace(self.stream, detour=self.progress.detours), watchdog):
+                    yield step
+                    if step.stopping or step.number == self.start.total:
+                        return
+
+    def _last_words(self, words: str) -> None:
+        record_failure(self.run.folder, words, step=self.progress.step)
+
+    def _rehearse(self) -> None:
+        """A backward pass for nothing, where DDP shares the gradients.
+
+        DDP arranges its buckets by how gradients arrived in the first pass: without this one, a run that goes on would
+        add up its first step in another order than one that was not interrupted, and so end with other bits.
+        """
+        if isinstance(self.network, DistributedDataParallel):
+            x, mask = self._to_device(self._nothing())
+            self.model.train()
+            self.network(x, mask=mask)["loss"].backward()
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def _along(self, stream: Stream, watchdog: Watchdog) -> Iterator[Step]:
+        """Steps along one order of the data: to the end, to a request to stop, or to where the run goes back."""
+        on_gpu = self.world.device.type == "cuda"
+        arriving = stream.batches(self.progress.step, self.start.total, workers=self.run.workers, pin_memory=on_gpu)
+        while True:
+            watchdog.beat()
+            began = time.monotonic()
+            batches = next(arriving)
+            step = self._step(stream, batches, began, waited=time.monotonic() - began)
+            watchdog.beat()
+            yield step
+            if step.back_to is not None:
+                return
+
+    def _step(self, stream: Stream, batches: list[Batch], began: float, *, waited: float) -> Step:
+        run, world, number = self.run, self.world, self.progress.step
+        events = []
+        rate = run.rate(number, self.start.total)
+        done = self._optimise(batches, number, rate)
+        skipped = [problem for batch in batches for problem in batch.skipped]
+        skipped = world.gather(skipped) if done.samples < run.batch_size else []
+        seconds = time.monotonic() - began
+        self._count(done, skipped, seconds, waited)
+        back_to = None
+        if done.bad:
+            text = self._what_is_bad(stream, done, number, rate)
+            events.append(Event("bad_step", text))
+            _log.warning("left out: %s", text)
+            if self.bad_in_a_row >= run.bad_steps:
+                back_to = self._go_back(text)
+                events.append(Event("rolled_back", f"to step {back_to}, with the data in another order"))
+        ended = self.progress.step == self.start.total
+        stopping = done.stopping and not ended and back_to is None
+        if stopping:
+            events.append(Event("stopping", "asked to, by a signal"))
+        good = not self.bad_in_a_row and back_to is None
+        if ended or (good and (stopping or done.due or self._is_due(self.progress.step))):
+            self.keeper.save(self.progress)
+        if ended or stopping:
+            self.keeper.finish_writing()
+        return Step(
+            number=number + 1,
+            loss=done.loss,
+            learning_rate=rate,
+            gradient_norm=done.norm,
+            samples=done.samples,
+            seconds=seconds,
+            data_seconds=waited,
+            skipped=skipped,
+            start=self.start,
+            progress=self.progress,
+            saved=self.keeper.saved(),
+            stopping=stopping,
+            back_to=back_to,
+            events=(*events, *self.keeper.told()),
+        )
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a checkpoint is, by its step."""
+        return any(every and step % every == 0 for every in (self.run.checkpoint_steps, self.run.keep_every))
+
+    def _optimise(self, batches: list[Batch], number: int, rate: float) -> _Done:
+        """One optimiser step over the micro-batches.
+
+        Every micro-batch's loss counts by its samples; the sum is divided by the samples of all processes together, so
+        that uneven shares and skipped files leave the mean a mean. A step that is not finite changes nothing.
+        """
+        run, world = self.run, self.world
+        self.model.train()  # whatever a hook did in between
+        torch.manual_seed(generator(run.seed, 5, number, world.rank).initial_seed())  # drop path, what else is drawn
+        sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+        losses = []
+        for at, batch in enumerate(batches):
+            count = len(batch.pixels)
+            x, mask = self._to_device(batch if count else self._nothing())
+            with synchronised(self.network, at == len(batches) - 1):
+                with _autocast(run, world):
+                    loss = self.network(x, mask=mask)["loss"]
+                (loss * count).backward()
+            losses.append(loss.detach())
+            sums[0] += losses[-1].double() * count
+            sums[1] += count
+        # one clock, the first process's, decides for all; any process may be the one that is asked to stop
+        sums[2], sums[3] = float(self.stop.is_set()), float(world.first and self.keeper.is_due())
+        world.sum(sums)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        for parameter in parameters:
+            parameter.grad.mul_((world.size / sums[1].clamp(min=1)).to(parameter.dtype))  # type: ignore[union-attr]
+        norm = nn.utils.clip_grad_norm_(parameters, run.clip_gradient or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total, samples, stopping, due, norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
+        done = _Done(total / samples if samples else math.nan, norm, int(samples), stopping > 0, due > 0, losses)
+        if samples and not done.bad:
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return done
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Normalised pixels on the device; the mask stays on the CPU, where shown tokens are worked out."""
+        return normalize(batch.pixels.to(self.world.device, non_blocking=True)), batch.mask
+
+    def _nothing(self) -> Batch:
+        """A black sample that counts for nothing, so that all processes take part in the exchange of gradients."""
+        black = torch.zeros(1, 3, *self.run.model.size, dtype=torch.uint8)
+        return Batch(black, torch.zeros(1, dtype=torch.long), self.model.draw_masks(1, generator(0)), [])
+
+    def _count(self, done: _Done, skipped: list[UnusableFileError], seconds: float, waited: float) -> None:
+        run, progress = self.run, self.progress
+        progress.step += 1
+        progress.bad_steps += done.bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if done.bad else 0
+        progress.skipped += len(skipped)
+        progress.seconds += seconds
+        progress.unusable = 0 if done.samples else progress.unusable + run.batch_size
+        if progress.unusable >= len(self.stream.samples):
+            raise ValueError(f"no sample could be loaded in a whole epoch; the last: {skipped[-1]}")
+        if progress.window.closed:
+            progress.window = Window(since=progress.step)
+        window = progress.window
+        if done.samples and not done.bad:
+            window.loss += done.loss * done.samples
+            window.samples += done.samples
+            window.gradient_norm = max(window.gradient_norm, done.norm)
+        window.seconds += seconds
+        window.data_seconds += waited
+        window.skipped += [(problem.name, problem.reason, progress.step) for problem in skipped]
+        window.closed = progress.step % run.log_every == 0 or progress.step in (1, self.start.total)
+
+    def _what_is_bad(self, stream: Stream, done: _Done, number: int, rate: float) -> str:
+        """Step, numbers and samples of a bad step; called by all processes."""
+        shares = stream.share(number)
+        bad = [share for share, loss in zip(shares, done.losses, strict=True) if not math.isfinite(loss)]
+        found = self.world.gather([stream.named(share) for share in bad])
+        if not found:  # finite losses with a gradient that is not: any of them
+            found = self.world.gather([stream.named(share) for share in shares])
+        names = [name for share in found for name in share]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        figures = f"loss {done.loss:.6g}, gradient norm {done.norm:.6g}, learning rate {rate:.3g}"
+        return f"step {number + 1}: {figures}, among samples {shown}"
+
+    def _go_back(self, text: str) -> int:
+        """To the last checkpoint, which is from before the bad steps, to take another way from there: its step."""
+        run, before = self.run, self.progress
+        if before.detours >= run.rollbacks:
+            again = f", also after going back {before.detours} times" if before.detours else ""
+            raise FloatingPointError(
+                f"{self.bad_in_a_row} steps in a row were not finite{again}. The last: {text}. The checkpoints in "
+                f"{run.folder} are from before. Look at these samples, lower --base-lr, or set --clip-gradient."
+            )
+        kept = self.keeper.take_up()
+        assert kept is not None
+        self.progress = replace(kept, detours=before.detours + 1, bad_steps=before.bad_steps, seconds=before.seconds)
+        self.bad_in_a_row = 0
+        return kept.step
 
 
-def _check_can_be_kept(run: Pretrain) -> None:
-    """Refuse now what the first checkpoint would refuse."""
-    try:
-        plain = to_plain(run)
-        if from_plain(plain) != run:
-            raise ValueError("it does not come back equal")
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
+class _Done(NamedTuple):
+    """What a step came to, over all processes; `losses` are this process's, by micro-batch."""
+
+    loss: float
+    norm: float
+    samples: int
+    stopping: bool
+    due: bool
+    losses: list[Tensor]
+
+    @property
+    def bad(self) -> bool:
+        """Whether it must not be learnt from."""
+        return self.samples > 0 and not (math.isfinite(self.loss) and math.isfinite(self.norm))
 
 
 class _DrawMask:
@@ -225,161 +335,15 @@ class _DrawMask:
         return self.masking(1, self.grid, generator)
 
 
-def _train(start: Start, optimiser: torch.optim.Optimizer, stop: threading.Event) -> Iterator[Step]:
-    run, world = start.run, start.world
-    network = world.share(start.model)
-    arriving = start.stream.batches(
-        start.first, start.total, workers=run.workers, pin_memory=world.device.type == "cuda"
-    )
-    saved, saved_at = start.first, time.monotonic()
-    unusable = 0
-    for number in range(start.first, start.total):
-        began = time.monotonic()
-        batches = next(arriving)
-        waited = time.monotonic() - began
-        rate = _learning_rate(start, number)
-        loss, norm, samples = _optimise(start, network, optimiser, batches, number, rate)
-        skipped = [problem for batch in batches for problem in batch.skipped]
-        skipped = world.gather(skipped) if samples < run.batch_size else []
-        unusable = 0 if samples else unusable + run.batch_size
-        if unusable >= len(start.stream.samples):
-            raise ValueError(f"no sample could be loaded in a whole epoch; the last: {skipped[-1]}")
-        due = world.first and time.monotonic() - saved_at > 60 * run.checkpoint_minutes
-        # one clock, the first process's, decides for all; any process may be the one that is asked to stop
-        requests = world.sum(torch.tensor([float(stop.is_set()), float(due)], device=world.device))
-        stopping, due = (requests > 0).tolist()
-        if due or stopping or number + 1 == start.total:
-            if world.first:
-                _save(start, optimiser, number + 1)
-            world.wait()
-            saved, saved_at = number + 1, time.monotonic()
-        yield Step(
-            number=number + 1,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            samples=samples,
-            seconds=time.monotonic() - began,
-            data_seconds=waited,
-            skipped=skipped,
-            start=start,
-            saved=saved,
-            stopping=stopping and number + 1 < start.total,
-        )
-        if stopping:
-            return
-
-
-def _learning_rate(start: Start, number: int) -> float:
-    run = start.run
-    warmup = run.warmup_epochs / run.epochs
-    return learning_rate(number / start.total, peak=run.peak_lr, floor=run.min_lr, warmup=warmup)
-
-
-def _optimise(
-    start: Start,
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    batches: list[Batch],
-    number: int,
-    rate: float,
-) -> tuple[float, float, int]:
-    """One optimiser step over the micro-batches: mean loss, gradient norm, usable samples, of all processes.
-
-    Every micro-batch's loss counts by its samples; the sum is divided by the samples of all processes together, so
-    that uneven shares and skipped files leave the mean a mean.
-    """
-    run, world = start.run, start.world
-    network.train()  # whatever a hook did in between
-    torch.manual_seed(generator(run.seed, 5, number, world.rank).initial_seed())  # drop path, and what else is drawn
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for at, batch in enumerate(batches):
-        count = len(batch.pixels)
-        x, mask = _to_device(batch, start)
-        with synchronised(network, at == len(batches) - 1), _autocast(run, world):
-            loss = network(x, mask=mask)["loss"] * count
-            loss.backward()
-        sums += torch.stack([loss.detach().double(), loss.new_tensor(count, dtype=torch.float64)])
-    total, samples = world.sum(sums).tolist()
-    norm, loss = 0.0, total / samples if samples else math.nan
-    if samples:
-        for parameter in start.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(world.size / samples)
-        norm = float(nn.utils.clip_grad_norm_(start.model.parameters(), run.clip_gradient or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {number + 1}: loss {loss}, gradient norm {norm}, learning rate {rate:.3g}; "
-                f"{run.folder / LAST} is from before. Lower --base-lr, or set --clip-gradient"
-            )
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return loss, norm, int(samples)
-
-
-def _to_device(batch: Batch, start: Start) -> tuple[Tensor, Tensor | None]:
-    """Normalised pixels on the device; the mask stays on the CPU, where shown tokens are worked out.
-
-    A process with no usable sample still takes part in the exchange of gradients: it computes a black one that
-    counts for nothing.
-    """
-    pixels, mask = batch.pixels, batch.mask
-    if not len(pixels):
-        pixels, mask = pixels.new_zeros(1, *pixels.shape[1:]), start.model.draw_masks(1)
-    return normalize(pixels.to(start.world.device, non_blocking=True)), mask
-
-
 def _autocast(run: Pretrain, world: World) -> Any:
     has_bfloat16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = run.precision == "bfloat16" or (run.precision == "auto" and has_bfloat16)
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _save(start: Start, optimiser: torch.optim.Optimizer, number: int) -> None:
-    checkpoint.save(
-        start.run.folder / LAST,
-        start.model,
-        optimiser=optimiser.state_dict(),
-        step=number,
-        run=to_plain(start.run),
-    )
-
-
-def _resume(run: Pretrain, model: MaskedAutoencoder, optimiser: torch.optim.Optimizer) -> int:
-    """Take up the folder's checkpoint, if there is one: the steps that are done."""
-    path = run.folder / LAST
-    if not path.exists():
-        return 0
-    content = checkpoint.read(path)
-    before = from_plain(content["run"])
-    changed = [
-        f"{field.name}: {getattr(before, field.name)!r}, now {getattr(run, field.name)!r}"
-        for field in dataclasses.fields(run)
-        if field.name not in FREE and getattr(before, field.name) != getattr(run, field.name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{run.folder} holds another run's checkpoint, so this one cannot go on from it:"
-            + "".join(f"\n  - {change}" for change in changed)
-            + "\nGive this run another folder with --folder, or the settings it began with."
-        )
-    if before.epochs != run.epochs:
-        _log.warning(
-            "%s was planned for %g epochs, now %g: the learning rate follows the new plan",
-            path,
-            before.epochs,
-            run.epochs,
-        )
-    model.load_state_dict(content["weights"])
-    optimiser.load_state_dict(content["optimiser"])
-    return int(content["step"])
-
-
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+    """An event set by the first Ctrl-C, SIGTERM or SIGUSR2; a second Ctrl-C interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -387,11 +351,15 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def request(number: int, frame: object) -> None:
         if event.is_set():
-            raise KeyboardInterrupt
-        _log.warning("asked to stop: finishing the step and saving; once more stops at once")
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         event.set()
+        once_more = "; once more stops at once" if number == signal.SIGINT else ""
+        _log.warning("asked to stop by %s: finishing the step and saving%s", signal.Signals(number).name, once_more)
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked_by = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, request) for number in asked_by}
     try:
         yield event
     finally:
@@ -402,15 +370,21 @@ def _stop_requests() -> Iterator[threading.Event]:
 def fit(run: Pretrain) -> bool:
     """Carry out a run here and now, with progress on the console and its journal in the run's folder.
 
-    The folder then holds `last.pt`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`, `pictures/`, and `report.html`,
-    one page with all of it. Returns whether the run is finished: False where it was asked to stop before. Raises what
-    `steps` raises.
+    The folder then holds checkpoints and `last.pt`, `metrics.jsonl`, `skipped.jsonl`, `events.jsonl`, `tensorboard/`,
+    `pictures/`, and `report.html`, one page with all of it. Returns whether the run is finished: False where it was
+    asked to stop before. Raises what `steps` raises, and leaves a word of it in `failures/`.
     """
-    from .journal import Journal
+    from .journal import Journal, console_log
 
+    number = None
     stopped = False
-    with Journal(run) as journal:
-        for step in steps(run):
-            stopped = step.stopping
-            journal.record(step)
+    try:
+        with console_log() as console, opened(run) as session, Journal(session.start, console) as journal:
+            for step in session:
+                number = step.number
+                journal.record(step)
+                stopped = step.stopping
+    except Exception as error:
+        record_failure(run.folder, error, step=number)
+        raise
     return not stopped

@@ -1,11 +1,21 @@
-"""Tiny runs, importable by name from other processes, for the tests of training."""
+"""Tiny runs, importable by name from other processes, for the tests of training.
+
+RANK=0 WORLD_SIZE=1 python runs.py FOLDER "dict(epochs=1)"        fit the tiny run, with these changes
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +23,23 @@ from torch import Tensor
 from convmae import AttentionStage, ConvMAE, ConvStage
 from convmae.builders import MAE
 from convmae.data import Sample, Samples, UnusableFileError
-from convmae.training import Pretrain, steps
+from convmae.files import append_line, lines
+from convmae.training import Pretrain, fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Random pictures; those numbered in `bad` cannot be loaded."""
+    """Random pictures; those numbered in `bad` cannot be loaded, `white` ones are white, `stuck` ones never come.
+
+    With `record`, every process writes down what it loads, in files of this folder: a line of index and digest each.
+    """
 
     count: int = 20
     bad: tuple[int, ...] = ()
+    white: tuple[int, ...] = ()
+    stuck: tuple[int, ...] = ()
+    record: Path | None = None
+    root: Path = Path("noise")
 
     def open(self, size: tuple[int, ...]) -> Samples:
         return NoiseSamples(source=self, size=size)
@@ -33,27 +51,36 @@ class NoiseSamples:
     size: tuple[int, ...]
 
     def __len__(self) -> int:
-        return self.source.count
+        return self.source.count - int(os.environ.get("NOISE_MISSING", 0))
 
     def name(self, index: int) -> str:
-        return f"noise-{index}"
+        return str(self.source.root / f"noise-{index}")
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
         if index in self.source.bad:
             raise UnusableFileError(self.name(index), "it is bad")
-        return Sample(torch.randint(256, (3, *self.size), generator=generator, dtype=torch.uint8))
+        while index in self.source.stuck:
+            time.sleep(1)
+        pixels = torch.randint(256, (3, *self.size), generator=generator, dtype=torch.uint8)
+        if index in self.source.white:
+            pixels.fill_(255)
+        if self.source.record is not None:
+            digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+            append_line(self.source.record / f"rank-{os.environ.get('RANK', '0')}.jsonl", {"is": [index, digest]})
+        return Sample(pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exploding:
-    """A target that is not a number from some batch on."""
+class NotOfWhite:
+    """A target that is not a number where a patch is white."""
 
     def values(self, pixels: int, channels: int) -> int:
         return 1
 
     def __call__(self, patches: Tensor) -> Tensor:
         mean = patches.mean((2, 3), keepdim=True).flatten(2)
-        return mean * float("nan") if len(patches) > 3 else mean  # `build` tries it on two samples
+        white = patches.amin((2, 3)).unsqueeze(2) > 2.2  # ImageNet-normalised
+        return torch.where(white, float("nan"), mean)
 
 
 def tiny() -> MAE:
@@ -90,8 +117,48 @@ class TinyRun:
         )
 
 
-if __name__ == "__main__":  # a process of a run: losses to a file, one a rank
-    folder = Path(sys.argv[1])
-    run = replace(TinyRun(folder=folder, data=Noise(bad=(3, 4))).run(), model=tiny().drop_path(0))
-    losses = [step.loss for step in steps(run)]
-    (folder / f"losses-{os.environ.get('RANK', '0')}").write_text(repr(losses))
+def together(
+    folder: Path, world: int, *, interrupt_at: int | None = None, **changes: Any
+) -> tuple[list[int], list[str]]:
+    """Fit the tiny run in so many processes: their exit codes and output; interrupted once a step was reached."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "runs.py", folder, f"dict({', '.join(f'{k}={v!r}' for k, v in changes.items())})"],
+            env={**os.environ, **ours, "RANK": str(rank)},
+            cwd=Path(__file__).parent,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+    try:
+        until = time.monotonic() + 120
+        while interrupt_at is not None and time.monotonic() < until:
+            if any(line["step"] >= interrupt_at for line in lines(folder / "metrics.jsonl")):
+                processes[-1].send_signal(signal.SIGTERM)  # any rank may be the one that is told
+                break
+            time.sleep(0.05)
+        said = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder / "metrics.jsonl")]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    changes = eval(sys.argv[2], {**globals(), "PosixPath": Path})
+    fit(replace(TinyRun(folder=Path(sys.argv[1])).run(), **changes))
+
+
+if __name__ == "__main__":  # classes in a checkpoint are found by name, so not as __main__'s
+    importlib.import_module("runs").main()

@@ -144,18 +144,6 @@ def test_pixels_survive_the_round_trip_and_what_is_no_number_is_black() -> None:
     assert pictures.to_pixels(values.bfloat16())[0, 0].tolist() == [0, 0, 0, 255]
 
 
-def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = pictures.write_whole(tmp_path / "page", b"old")
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pictures.write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 100_000])
 def test_a_curve_is_drawn_from_any_number_of_lines(tmp_path: Path, count: int) -> None:
     metrics = [{"step": 1 + n, "loss": 1 / (1 + n), "learning_rate": 1e-3} for n in range(count)]

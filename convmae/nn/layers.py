@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..grids import Shown, cut
 from .tile_convolution import tile_convolution
@@ -147,3 +149,14 @@ class AttentionBlock(nn.Module):
         x = x + self.drop_path(self.attention(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a model: the pieces that are sharded, recomputed and compiled as one."""
+    return [module for module in model.modules() if isinstance(module, (ConvolutionBlock, AttentionBlock))]
+
+
+def recompute(model: nn.Module) -> None:
+    """Keep only the blocks' inputs for the backward pass, and compute them again there (activation checkpointing)."""
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -1,0 +1,199 @@
+"""A run as a frozen description: everything that decides its result, and where it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .builders import MAE
+from .data import Source
+from .optimisation import learning_rate
+from .plain import from_plain, to_plain
+from .run_folder import in_use, kept_run
+
+FREE = (
+    "epochs",
+    "folder",
+    "workers",
+    "micro_batch",
+    "device",
+    "parallel",
+    "recompute",
+    "compile",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "keep_last",
+    "keep_every",
+    "bad_steps",
+    "rollbacks",
+    "hang_minutes",
+    "log_every",
+    "pictures",
+    "wandb",
+)
+"""The fields of a run that may differ when it goes on: they say where, how long and how watched, not what is learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """A pretraining run: everything that decides its result, and where it is kept.
+
+    Args:
+        model: the builder of the masked autoencoder.
+        data: the source of samples, loaded at the model's input size.
+        epochs: passes over the data.
+        batch_size: samples of one optimiser step, over all processes and accumulated micro-batches.
+        folder: where checkpoint, metrics and pictures go; a run goes on from its folder.
+        base_lr: peak learning rate for 256 samples; the real one is base_lr * batch_size / 256.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear warm-up.
+        betas: of AdamW.
+        weight_decay: of AdamW; not on norms, biases, positions and tokens.
+        clip_gradient: largest norm of the gradient; 0 does not clip.
+        seed: of initial weights, order, augmentation and masks.
+        precision: "auto" is bfloat16 autocast on GPUs that have it, float32 elsewhere.
+        micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
+        workers: loader processes of each training process.
+        device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
+        parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
+        recompute: keep less for the backward pass and compute it again: less memory, about a third more time.
+        compile: torch.compile.
+        checkpoint_minutes: time between checkpoints; 0: after every step.
+        checkpoint_steps: steps between checkpoints, beside the time; None: by time alone.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: steps; a checkpoint is written at every multiple and kept for good. None: none.
+        bad_steps: steps in a row without a finite loss and gradient, each left out, until the run goes back to the
+            last checkpoint and takes the data in another order.
+        rollbacks: how often it goes back before it stops with an error.
+        hang_minutes: a process that makes no step for so long ends, and with it the job.
+        log_every: steps between lines of metrics.
+        pictures: how many times during the run reconstructions are drawn.
+        wandb: the Weights & Biases project that metrics go to as well; needs `pip install wandb`. None: none.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    model: MAE
+    data: Source
+    epochs: float
+    batch_size: int
+    folder: Path
+    base_lr: float = 1.5e-4
+    min_lr: float = 0.0
+    warmup_epochs: float = 40
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip_gradient: float = 0.0
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch: int | None = None
+    workers: int = 8
+    device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    recompute: bool = False
+    compile: bool = False
+    checkpoint_minutes: float = 10
+    checkpoint_steps: int | None = None
+    keep_last: int = 3
+    keep_every: int | None = None
+    bad_steps: int = 10
+    rollbacks: int = 2
+    hang_minutes: float = 20
+    log_every: int = 10
+    pictures: int = 10
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be {what}; got {getattr(self, name)!r}"
+            for name, what, holds in (
+                ("epochs", "positive", self.epochs > 0),
+                ("batch_size", "1 or more", self.batch_size >= 1),
+                ("base_lr", "positive", self.base_lr > 0),
+                ("min_lr", "0 or more", self.min_lr >= 0),
+                (
+                    "warmup_epochs",
+                    f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
+                    0 <= self.warmup_epochs < self.epochs,
+                ),
+                ("weight_decay", "0 or more", self.weight_decay >= 0),
+                ("clip_gradient", "0 or more", self.clip_gradient >= 0),
+                ("seed", "0 or more", self.seed >= 0),
+                ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
+                ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
+                ("workers", "0 or more", self.workers >= 0),
+                ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
+                ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
+                ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),
+                ("keep_last", "1 or more", self.keep_last >= 1),
+                ("keep_every", "1 or more, or None", self.keep_every is None or self.keep_every >= 1),
+                ("bad_steps", "1 or more", self.bad_steps >= 1),
+                ("rollbacks", "0 or more", self.rollbacks >= 0),
+                ("hang_minutes", "positive", self.hang_minutes > 0),
+                ("log_every", "1 or more", self.log_every >= 1),
+                ("pictures", "0 or more", self.pictures >= 0),
+            )
+            if not holds
+        ]
+        if problems:
+            raise ValueError("this run cannot be:" + "".join(f"\n  - {problem}" for problem in problems))
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: base_lr scaled from 256 samples to the batch size."""
+        return self.base_lr * self.batch_size / 256
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of a step, counted from 0, of so many."""
+        return learning_rate(
+            step / total, peak=self.peak_lr, floor=self.min_lr, warmup=self.warmup_epochs / self.epochs
+        )
+
+
+def check(run: Pretrain) -> None:
+    """Refuse now what the first checkpoint or the journal would refuse."""
+    if run.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb {run.wandb}: wandb is not installed; pip install wandb")
+    try:
+        plain = to_plain(run)
+        if from_plain(plain) != run:
+            raise ValueError("it does not come back equal")
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
+
+
+def refusal(run: Pretrain) -> str | None:
+    """Why this run cannot go on in its folder: another process trains there, or it holds another run. None: it can."""
+    if occupant := in_use(run.folder):
+        return occupant
+    kept = kept_run(run.folder)
+    return None if kept is None else refusal_beside(run, kept)
+
+
+def refusal_beside(run: Pretrain, kept: Any) -> str | None:
+    """Why this run cannot go on from the checkpoint of another, in its plain form; None: it can."""
+    try:
+        before = from_plain(kept)
+    except ValueError as problem:
+        return f"{run.folder} holds a run that cannot be read: {problem}"
+    changed = [
+        f"{one.name}: {getattr(before, one.name)!r}, now {getattr(run, one.name)!r}"
+        for one in dataclasses.fields(run)
+        if one.name not in FREE and _placeless(getattr(before, one.name)) != _placeless(getattr(run, one.name))
+    ]
+    if not changed:
+        return None
+    return (
+        f"{run.folder} holds another run's checkpoint, so this one cannot go on from it:"
+        + "".join(f"\n  - {change}" for change in changed)
+        + "\nGive this run another folder with --folder, or the settings it began with."
+    )
+
+
+def _placeless(value: Any) -> Any:
+    """A source without its root: data may move; whether they are the same is seen by their names."""
+    return replace(value, root=None) if hasattr(value, "root") else value
