@@ -43,10 +43,11 @@ class World:
         Sharded, every process keeps its part of parameters, gradients and optimiser state (FSDP2), block by block: the
         model itself is changed, and each of its forward passes needs all processes.
         """
-        if self.size == 1:
+        if not dist.is_initialized():
             return model
         if not sharded:
-            return DistributedDataParallel(model)  # no device_ids: they would move the mask off the CPU
+            # no device_ids: they would move the mask off the CPU
+            return DistributedDataParallel(model, gradient_as_bucket_view=True)
         # FSDP2 warns of in-place changes to a view that it gives out; there are none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
@@ -130,7 +131,7 @@ def join(device: str, *, minutes: float = 20) -> Iterator[World]:
         if place.index is None:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(place)
-    if size == 1:
+    if size == 1 and "MASTER_ADDR" not in os.environ:
         yield World(0, 1, place)
         return
     # gloo beside NCCL: what is told from process to process is on the CPU

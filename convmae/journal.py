@@ -32,7 +32,7 @@ from rich.progress import Task as ProgressTask
 from rich.text import Text
 from torch import Tensor
 
-from . import pictures, report
+from . import pictures, report, snapshot
 from .builders import MAE
 from .data import UnusableFileError, generator
 from .files import append_line, lines, write_whole
@@ -351,11 +351,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def _environment(start: Start) -> dict[str, str | int | None]:
-    from . import __version__
-
+def _environment(start: Start) -> dict[str, Any]:
     return {
-        "convmae": __version__,
+        "code": snapshot.version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "host": socket.gethostname(),

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot  # noqa: F401  what a run imports late
 import torch
@@ -83,15 +84,15 @@ def told(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in timed} for line in lines(folder)]
 
 
-def same(one: object, other: object) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Equal bit for bit, whatever it is made of."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.equal(other)
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))  # type: ignore[arg-type]
-    return one == other
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -120,7 +121,8 @@ def main() -> None:
 
     run = the_run(given.folder / "killed")
     run.folder.mkdir()
-    reached, in_writing, orphans = [], 0, 0
+    reached: list[int] = []
+    in_writing = orphans = 0
     while len(reached) < given.kills:
         pid = start(run)
         time.sleep(chance.uniform(0, 0.3 * length))

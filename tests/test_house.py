@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a module imports those on floors below its own, and a new file chooses its floor here.
 FLOORS: list[set[str]] = [
-    {"convmae.grids", "convmae.plain"},
+    {"convmae.files", "convmae.grids", "convmae.plain", "convmae.watchdog"},
     {"convmae.masking", "convmae.targets", "convmae.nn.positions", "convmae.nn.tile_convolution"},
     {"convmae.nn.layers"},
     {"convmae.nn.trunk"},
@@ -27,11 +27,17 @@ FLOORS: list[set[str]] = [
         "convmae.distributed",
         "convmae.optimisation",
         "convmae.pictures",
+        "convmae.run_folder",
+        "convmae.snapshot",
     },
-    {"convmae.images", "convmae.report"},
+    {"convmae.images", "convmae.report", "convmae.run"},
+    {"convmae.progress"},
+    {"convmae.keeper"},
     {"convmae.training"},
     {"convmae.journal"},
-    {"convmae.launch", "convmae.recipes"},
+    {"convmae.job", "convmae.recipes", "convmae.watch"},
+    {"convmae.slurm"},
+    {"convmae.launch"},
 ]
 
 LATE = {("convmae.training", "convmae.journal")}

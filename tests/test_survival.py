@@ -43,7 +43,7 @@ def events(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    command = [sys.executable, "killing.py", tmp_path, "--kills", "20"]
+    command = [sys.executable, "killing.py", str(tmp_path), "--kills", "20"]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -200,7 +200,8 @@ def poisoned(run: Pretrain, bad: range, *, lives: int) -> Iterator[Step]:
         lives -= step.back_to is not None
         number = (step.number if step.back_to is None else step.back_to) + 1
         if number in bad and lives > 0:
-            hook = next(step.start.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+            first: Any = next(step.start.model.parameters())
+            hook = first.register_hook(lambda gradient: gradient * math.inf)
 
 
 def test_too_many_bad_steps_take_the_run_back_to_go_on_with_the_data_in_another_order(tmp_path: Path) -> None:

@@ -159,4 +159,4 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def recompute(model: nn.Module) -> None:
     """Keep only the blocks' inputs for the backward pass, and compute them again there (activation checkpointing)."""
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
