@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import pickle
 import zipfile
@@ -107,7 +108,11 @@ def read_file(path: Path) -> Any:
         # The authors' own checkpoints keep their command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises half a dozen kinds for a damaged file
+    except (
+        Exception
+    ) as problem:  # torch raises half a dozen kinds for a damaged file, EINVAL where its places are wrong
+        if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno != errno.EINVAL):
+            raise  # the file may be whole
         raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(problem)}") from problem
 
 

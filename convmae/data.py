@@ -11,6 +11,7 @@ may stop and go on anywhere, and its global batches are the same on any number o
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -160,9 +161,15 @@ class Stream:
             worker_init_fn=_as_a_worker if workers else None,
             persistent_workers=False,
         )
+        others = set(multiprocessing.active_children())
         arriving = iter(loader)
-        for step in range(start, stop):
-            yield [next(arriving) for _ in self.share(step)]
+        ours = set(multiprocessing.active_children()) - others
+        try:
+            for step in range(start, stop):
+                yield [next(arriving) for _ in self.share(step)]
+        finally:
+            for worker in ours:  # asked kindly, they would not hear it; one may be stuck in a file
+                worker.kill()
 
 
 class _Numbers(Sampler[list[tuple[int, int]]]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class World:
         if not dist.is_initialized():
             return model
         if not sharded:
+            # Kernels of one cell: the strides of an axis of length 1 mean nothing.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # no device_ids: they would move the mask off the CPU
             return DistributedDataParallel(model, gradient_as_bucket_view=True)
         # FSDP2 warns of in-place changes to a view that it gives out; there are none.
@@ -79,12 +82,21 @@ class World:
             try:
                 told[0] = find()
             except Exception as error:  # raised below, everywhere
-                told[1] = error
+                told[1] = _pickling(error)
         dist.broadcast_object_list(told)
         if told[1] is not None:
             raise told[1]
         found: T = told[0]
         return found
+
+
+def _pickling(error: Exception) -> Exception:
+    """The error, or one with its words where it would not reach another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is built again
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def state_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -134,9 +146,7 @@ def join(device: str, *, minutes: float = 20) -> Iterator[World]:
     if size == 1 and "MASTER_ADDR" not in os.environ:
         yield World(0, 1, place)
         return
-    # gloo beside NCCL: what is told from process to process is on the CPU
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     try:
         yield World(rank, size, place)
     finally:

@@ -48,9 +48,11 @@ def sweep(folder: Path) -> None:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON, in one write."""
+    """Add a line of JSON, in one write, flushed to the disk."""
     with path.open("ab") as file:
         file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ import re
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +38,11 @@ from .data import UnusableFileError, generator
 from .files import append_line, lines, write_whole
 from .progress import Progress, Start, Step
 from .run import Pretrain
-from .run_folder import LAST, job_id, note
+from .run_folder import LAST, METRICS, SKIPPED, job_id, note
 from .targets import normalize
 
 _log = logging.getLogger(__name__)
 
-METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 SHOWN = ("loss", "learning_rate", "gradient_norm", "bad_steps", "samples_per_second", "data_wait", "skipped")
 STRIPS = 4  # samples in a picture
 PAGE_SECONDS = 30  # least time between two writings of the page, longer where they take long
@@ -88,17 +87,11 @@ class Journal:
 
     def _open(self, closing: contextlib.ExitStack) -> None:
         start = self.start
-        _forget_after(self.folder / METRICS, start.first)
-        window = start.progress.window
-        told = {line["step"] for line in lines(self.folder / METRICS)}
-        untold = window.closed and start.first not in told  # the run was killed between its checkpoint and its line
-        _forget_after(self.folder / SKIPPED, start.first if window.closed and not untold else window.since - 1)
-        self._forget_pictures_after(start.first)
+        untold = self._forget_after(start.progress)
         write_whole(self.folder / "run.txt", describe(start.run))
         write_whole(self.folder / "environment.json", json.dumps(_environment(start), indent=1))
-        self.skipped = collections.Counter((line["file"], line["reason"]) for line in lines(self.folder / SKIPPED))
-        self.board = self._open_board()
-        closing.callback(self.board.close)
+        self.board = self._open_board(start.first)
+        closing.callback(lambda: self.board.close())
         self.wandb = _open_wandb(start)
         self._introduce()
         self.display = _Display(start, self.console)
@@ -106,15 +99,23 @@ class Journal:
         if untold:
             self._write_line(start.first, start.progress)
 
-    def _forget_pictures_after(self, step: int) -> None:
+    def _forget_after(self, progress: Progress) -> bool:
+        """Forget what will be told again; whether the last line is missing, as the run was killed before it came."""
+        window, step = progress.window, progress.step
+        told = _keep(self.folder / METRICS, step)
+        untold = window.closed and step > 0 and all(line["step"] != step for line in told)
+        skipped = _keep(self.folder / SKIPPED, step if window.closed and not untold else window.since - 1)
+        self.skipped = collections.Counter((line["file"], line["reason"]) for line in skipped)
+        self.skipped.update((name, reason) for name, reason, _ in window.skipped if untold or not window.closed)
         for picture in (self.folder / "pictures").glob("step-*"):
             if int(picture.stem.removeprefix("step-")) > step:
                 picture.unlink()
+        return untold
 
-    def _open_board(self) -> Any:
+    def _open_board(self, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start.first + 1)
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=first + 1)
 
     def _introduce(self) -> None:
         run, start = self.run, self.start
@@ -139,7 +140,7 @@ class Journal:
         if self.start.world.first:
             self._write(step)
         if step.back_to is not None:
-            self._go_back(step.back_to)
+            self._go_back(step.progress)
         else:
             self._draw_if_due(step.number)
 
@@ -153,12 +154,12 @@ class Journal:
         if time.time() > self.page_due:
             self._write_page()
 
-    def _go_back(self, step: int) -> None:
-        self.number = step
+    def _go_back(self, progress: Progress) -> None:
+        self.number = progress.step
         if self.start.world.first:
-            for name in (METRICS, SKIPPED):
-                _forget_after(self.folder / name, step)
-            self._forget_pictures_after(step)
+            self._forget_after(progress)
+            self.board.close()
+            self.board = self._open_board(progress.step)
 
     def _line(self, number: int, progress: Progress) -> dict[str, Any]:
         window = progress.window
@@ -225,7 +226,8 @@ class Journal:
         self.display.stop()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(failed))
-        self._write_page()
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():  # the disk may be what failed
+            self._write_page()
         print_ = self.console.print
         if self.skipped:
             files = len({name for name, _ in self.skipped})
@@ -254,8 +256,10 @@ def _open_wandb(start: Start) -> Any:
     import wandb
 
     folder = start.run.folder.absolute()
-    name = hashlib.sha256(f"{socket.gethostname()}:{folder}:{folder.stat().st_ino}".encode()).hexdigest()[:16]
-    return wandb.init(project=start.run.wandb, name=folder.name, id=name, resume="allow", dir=str(folder))
+    page = folder / "wandb-id"
+    if not page.exists():
+        write_whole(page, uuid.uuid4().hex[:16])
+    return wandb.init(project=start.run.wandb, name=folder.name, id=page.read_text(), resume="allow", dir=str(folder))
 
 
 class _Gallery:
@@ -263,7 +267,9 @@ class _Gallery:
 
     def __init__(self, start: Start) -> None:
         self.start = start
-        self.x, self.mask = self._choose() if start.run.pictures else (None, None)
+        self.x, self.mask = (None, None)
+        if start.run.pictures:
+            self.x, self.mask = start.world.tell(self._choose) if _needs_all(start) else self._choose()
 
     def _choose(self) -> tuple[Tensor | None, Tensor | None]:
         samples, model, seed = self.start.samples, self.start.model, self.start.run.seed
@@ -364,10 +370,11 @@ def _environment(start: Start) -> dict[str, Any]:
     }
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step."""
-    kept = [json.dumps(line) + "\n" for line in lines(path) if line["step"] <= step]
-    write_whole(path, "".join(kept))
+def _keep(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines up to a step, and give them."""
+    kept = [line for line in lines(path) if line["step"] <= step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def _png(path: Path) -> Any:
@@ -382,11 +389,13 @@ def _png(path: Path) -> Any:
 def console_log() -> Iterator[Console]:
     """A console for the first process, with the framework's log lines on it, unless the user set up logging."""
     console = Console()
-    if logging.getLogger().handlers or int(os.environ.get("RANK", 0)) > 0:
+    if logging.getLogger().handlers:
         yield console
         return
     logs = [logging.getLogger(name) for name in ("convmae", "video")]
-    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
+    handler: logging.Handler = logging.NullHandler()  # what all have to say is said once
+    if int(os.environ.get("RANK", 0)) == 0:
+        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
     for log in logs:
         log.addHandler(handler)
         log.setLevel(logging.INFO)

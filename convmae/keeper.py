@@ -133,6 +133,8 @@ class Keeper:
     def close(self) -> None:
         """Let what is being written be written."""
         self.writer.shutdown()
+        if self.writing is not None and (problem := self.writing.exception()):
+            _log.error("the last checkpoint could not be written: %s", problem)
 
 
 def _fingerprint(samples: Samples) -> tuple[int, str]:

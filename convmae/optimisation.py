@@ -23,8 +23,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; its learning rate is set before every step from `learning_rate`."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+    """AdamW over `parameter_groups`; its learning rate is set before every step from `learning_rate`.
+
+    Its state is there from the start: torch would make it by a step with zero gradients when a checkpoint asks for it,
+    and so count one step too many.
+    """
+    optimiser = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            optimiser.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimiser
 
 
 def learning_rate(progress: float, *, peak: float, floor: float, warmup: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ class Pretrain:
         device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, about a third more time.
-        compile: torch.compile.
+        compile: torch.compile for the blocks.
         checkpoint_minutes: time between checkpoints; 0: after every step.
         checkpoint_steps: steps between checkpoints, beside the time; None: by time alone.
         keep_last: how many of the newest checkpoints are kept.
@@ -68,7 +68,7 @@ class Pretrain:
         bad_steps: steps in a row without a finite loss and gradient, each left out, until the run goes back to the
             last checkpoint and takes the data in another order.
         rollbacks: how often it goes back before it stops with an error.
-        hang_minutes: a process that makes no step for so long ends, and with it the job.
+        hang_minutes: a process that makes no step for so long, what you do in between included, ends, and with it all.
         log_every: steps between lines of metrics.
         pictures: how many times during the run reconstructions are drawn.
         wandb: the Weights & Biases project that metrics go to as well; needs `pip install wandb`. None: none.
@@ -195,5 +195,8 @@ def refusal_beside(run: Pretrain, kept: Any) -> str | None:
 
 
 def _placeless(value: Any) -> Any:
-    """A source without its root: data may move; whether they are the same is seen by their names."""
-    return replace(value, root=None) if hasattr(value, "root") else value
+    """A value in its plain form, a source without its root: data may move."""
+    plain = to_plain(value)
+    if isinstance(plain, dict) and "fields" in plain:
+        plain["fields"].pop("root", None)
+    return plain

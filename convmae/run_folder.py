@@ -27,7 +27,12 @@ from .files import append_line, sweep, write_whole
 
 _log = logging.getLogger(__name__)
 
-LAST, CHECKPOINTS, EVENTS, FAILURES, LOCK = "last.pt", "checkpoints", "events.jsonl", "failures", ".lock"
+LAST, CHECKPOINTS, FAILURES, SLURM, LOCK = "last.pt", "checkpoints", "failures", "slurm", ".lock"
+METRICS, SKIPPED, EVENTS = "metrics.jsonl", "skipped.jsonl", "events.jsonl"
+
+
+class InUseError(ValueError):
+    """Another process trains in the folder."""
 
 
 class Checkpoints:
@@ -86,7 +91,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
-        found = (path.stem.removeprefix("step-") for path in (self.folder / CHECKPOINTS).glob("step-*.pt"))
+        paths = (path for path in (self.folder / CHECKPOINTS).glob("step-*.pt") if path.is_file())
+        found = (path.stem.removeprefix("step-") for path in paths)
         return sorted(int(step) for step in found if step.isdecimal())
 
     def sweep(self) -> None:
@@ -118,13 +124,18 @@ def occupied(folder: Path, *, patience: float = 5) -> Iterator[None]:
         patience: seconds to wait for a process that is just ending.
 
     Raises:
-        ValueError: another process holds it; the message says which.
+        InUseError: another process holds it; the message says which.
     """
     with (folder / LOCK).open("a+") as file:
         until = time.monotonic() + patience
-        while not _take(file):
+        while not _take(file, fcntl.LOCK_EX):
             if time.monotonic() > until:
-                raise ValueError(in_use(folder) or f"{folder} is in use")
+                job = _holder(folder).get("job")
+                if job is None or job != job_id():
+                    raise InUseError(in_use(folder) or f"{folder} is in use")
+                # A job runs once at a time: what holds on is the network file system, for a node that is dead.
+                _log.warning("%s is still locked by this job's last attempt, which is over", folder)
+                break
             time.sleep(0.2)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "since": time.time()}
         file.truncate(0)
@@ -133,9 +144,9 @@ def occupied(folder: Path, *, patience: float = 5) -> Iterator[None]:
         yield
 
 
-def _take(file: Any) -> bool:
+def _take(file: Any, kind: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as problem:  # some network file systems have none
@@ -143,15 +154,23 @@ def _take(file: Any) -> bool:
     return True
 
 
+def _holder(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def in_use(folder: Path) -> str | None:
     """A message that names the process that trains in a folder; None where there is none."""
     try:
         with (folder / LOCK).open("r") as file:
-            if _take(file):
+            if _take(file, fcntl.LOCK_SH):
                 return None
-            holder = json.loads(file.read() or "{}")
-    except (OSError, ValueError):
+    except OSError:
         return None
+    holder = _holder(folder)
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""
     who = f"process {holder.get('pid')} on {holder.get('host')}{job}"
     return f"{folder} is in use: {who}, trains there. Wait for it or end it, or give another folder with --folder."
@@ -168,14 +187,14 @@ def note(folder: Path, event: str, step: int | None, text: str) -> None:
     append_line(folder / EVENTS, {"time": round(time.time(), 2), "step": step, "event": event, "text": text})
 
 
-def record_failure(folder: Path, error: BaseException | str, *, step: int | None) -> None:
+def record_failure(folder: Path, error: BaseException | str, *, step: int | None = None) -> None:
     """Leave a process's last words in the run's folder, where other nodes and the batch script find them.
 
-    A failure is *final* where the same would happen again: what the run was given cannot be used.
+    A failure is *final* where the same would happen again: the run cannot be carried out, or learns nothing.
     """
     if isinstance(error, BaseException):
         told, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-        final = isinstance(error, (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError))
+        final = isinstance(error, (ValueError, FloatingPointError))
     else:
         told, trace, final = error, "", False
     rank = int(os.environ.get("RANK", 0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -27,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from .data import Batch, Samples, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
 from .keeper import Keeper
-from .nn.layers import recompute
+from .nn.layers import blocks, recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw
 from .progress import Event, Progress, Start, Step, Window
 from .run import Pretrain, check, refusal
-from .run_folder import Checkpoints, failures, forget_failures, note, occupied, record_failure
+from .run_folder import Checkpoints, InUseError, failures, forget_failures, note, occupied, record_failure
 from .targets import normalize
 from .watchdog import Watchdog
 
@@ -62,23 +61,35 @@ def steps(run: Pretrain) -> Iterator[Step]:
 def opened(run: Pretrain) -> Iterator[Session]:
     """A run about to begin or to go on, whose steps are then taken by iterating; raises what `steps` does."""
     check(run)
+    session: Session | None = None
+
+    def last_words(error: Exception | str) -> None:
+        record_failure(run.folder, error, step=None if session is None else session.progress.step)
+
     with ExitStack() as closing:
         stop = closing.enter_context(_stop_requests())
-        world = closing.enter_context(join(run.device, minutes=run.hang_minutes))
-        torch.manual_seed(run.seed)
-        model = run.model.build()
-        samples = world.tell(lambda: run.data.open(run.model.size))
-        world.tell(lambda: closing.enter_context(_in_folder(run)))
-        session = closing.enter_context(Session(run, world, model, samples, stop))
-        yield session
+        watchdog = closing.enter_context(Watchdog(run.hang_minutes, last_words))
+        try:
+            world = closing.enter_context(join(run.device, minutes=run.hang_minutes))
+            torch.manual_seed(run.seed)
+            model = run.model.build()
+            samples = world.tell(lambda: run.data.open(run.model.size))
+            world.tell(lambda: closing.enter_context(_in_folder(run)))
+            watchdog.beat()
+            session = closing.enter_context(Session(run, world, model, samples, stop, watchdog))
+            yield session
+        except InUseError:
+            raise  # the folder is another's
+        except Exception as error:
+            last_words(error)
+            raise
 
 
 @contextmanager
 def _in_folder(run: Pretrain) -> Iterator[None]:
     """The run's folder, made where it is not there, locked and swept; the first process holds it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    # The lock of a node that lost its power outlives it a little.
-    with occupied(run.folder, patience=180 if os.environ.get("SLURM_RESTART_COUNT") else 5):
+    with occupied(run.folder):
         Checkpoints(run.folder, last=run.keep_last, every=run.keep_every).sweep()
         for words in failures(run.folder):
             note(run.folder, "failed", words["step"], f"process {words['rank']} on {words['host']}: {words['error']}")
@@ -90,9 +101,17 @@ class Session:
     """A run under way: what it holds; iterating over it takes the steps that are left."""
 
     def __init__(
-        self, run: Pretrain, world: World, model: MaskedAutoencoder, samples: Samples, stop: threading.Event
+        self,
+        run: Pretrain,
+        world: World,
+        model: MaskedAutoencoder,
+        samples: Samples,
+        stop: threading.Event,
+        watchdog: Watchdog,
     ) -> None:
         self.run, self.world, self.model, self.stop = run, world, model.to(world.device), stop
+        self.watchdog = watchdog
+        self.autocast = _autocast(run, world)
         self.stream = Stream(
             samples,
             run.model.size,
@@ -105,14 +124,17 @@ class Session:
         )
         if run.recompute:
             recompute(model)
-        self.network = world.share(model, sharded=run.parallel == "fsdp")
         if run.compile:
-            self.network.compile()
+            for block in blocks(model):
+                block.compile()  # alike ones share the code, and gradients are exchanged while others are computed
+        self.network = world.share(model, sharded=run.parallel == "fsdp")
         self.optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
         self.keeper = Keeper(run, world, model, self.optimiser, samples)
-        self.progress = self.keeper.take_up() or Progress()
-        if not self.keeper.checkpoints.steps():
+        kept = self.keeper.take_up()
+        self.progress = kept or Progress()
+        if kept is None:
             self.keeper.save(self.progress)  # to go back to; and a disk that cannot be written is known now
+            self.keeper.finish_writing()
         self.bad_in_a_row = 0
         total = self.stream.steps_in(run.epochs)
         self.start = Start(run, world, model, samples, self.progress.step, total, self.progress)
@@ -128,16 +150,12 @@ class Session:
     def __iter__(self) -> Iterator[Step]:
         if self.progress.step >= self.start.total:
             return
-        with Watchdog(self.run.hang_minutes, self._last_words) as watchdog:
-            self._rehearse()
-            while True:
-                for step in self._along(replace(self.stream, detour=self.progress.detours), watchdog):
-                    yield step
-                    if step.stopping or step.number == self.start.total:
-                        return
-
-    def _last_words(self, words: str) -> None:
-        record_failure(self.run.folder, words, step=self.progress.step)
+        self._rehearse()
+        while True:
+            for step in self._along(replace(self.stream, detour=self.progress.detours)):
+                yield step
+                if step.stopping or (step.number == self.start.total and step.back_to is None):
+                    return
 
     def _rehearse(self) -> None:
         """A backward pass for nothing, where DDP shares the gradients.
@@ -146,21 +164,23 @@ class Session:
         add up its first step in another order than one that was not interrupted, and so end with other bits.
         """
         if isinstance(self.network, DistributedDataParallel):
-            x, mask = self._to_device(self._nothing())
+            x, mask = self._to_device(self._nothing(len(self.stream.share(0)[0]) or 1))
             self.model.train()
-            self.network(x, mask=mask)["loss"].backward()
+            with self.autocast:
+                loss = self.network(x, mask=mask)["loss"]
+            loss.backward()
             self.optimiser.zero_grad(set_to_none=True)
 
-    def _along(self, stream: Stream, watchdog: Watchdog) -> Iterator[Step]:
+    def _along(self, stream: Stream) -> Iterator[Step]:
         """Steps along one order of the data: to the end, to a request to stop, or to where the run goes back."""
         on_gpu = self.world.device.type == "cuda"
         arriving = stream.batches(self.progress.step, self.start.total, workers=self.run.workers, pin_memory=on_gpu)
         while True:
-            watchdog.beat()
+            self.watchdog.beat()
             began = time.monotonic()
             batches = next(arriving)
             step = self._step(stream, batches, began, waited=time.monotonic() - began)
-            watchdog.beat()
+            self.watchdog.beat()
             yield step
             if step.back_to is not None:
                 return
@@ -227,7 +247,7 @@ class Session:
             count = len(batch.pixels)
             x, mask = self._to_device(batch if count else self._nothing())
             with synchronised(self.network, at == len(batches) - 1):
-                with _autocast(run, world):
+                with self.autocast:
                     loss = self.network(x, mask=mask)["loss"]
                 (loss * count).backward()
             losses.append(loss.detach())
@@ -236,11 +256,13 @@ class Session:
         # one clock, the first process's, decides for all; any process may be the one that is asked to stop
         sums[2], sums[3] = float(self.stop.is_set()), float(world.first and self.keeper.is_due())
         world.sum(sums)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        for parameter in parameters:
-            parameter.grad.mul_((world.size / sums[1].clamp(min=1)).to(parameter.dtype))  # type: ignore[union-attr]
-        norm = nn.utils.clip_grad_norm_(parameters, run.clip_gradient or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        scale = (world.size / sums[1].clamp(min=1)).float()
+        norm = nn.utils.get_total_norm(gradients)
+        norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if run.clip_gradient:
+            scale = scale * (run.clip_gradient / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, scale)
         total, samples, stopping, due, norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
         done = _Done(total / samples if samples else math.nan, norm, int(samples), stopping > 0, due > 0, losses)
         if samples and not done.bad:
@@ -254,10 +276,10 @@ class Session:
         """Normalised pixels on the device; the mask stays on the CPU, where shown tokens are worked out."""
         return normalize(batch.pixels.to(self.world.device, non_blocking=True)), batch.mask
 
-    def _nothing(self) -> Batch:
-        """A black sample that counts for nothing, so that all processes take part in the exchange of gradients."""
-        black = torch.zeros(1, 3, *self.run.model.size, dtype=torch.uint8)
-        return Batch(black, torch.zeros(1, dtype=torch.long), self.model.draw_masks(1, generator(0)), [])
+    def _nothing(self, count: int = 1) -> Batch:
+        """Black samples that count for nothing, so that all processes take part in the exchange of gradients."""
+        black = torch.zeros(count, 3, *self.run.model.size, dtype=torch.uint8)
+        return Batch(black, torch.zeros(count, dtype=torch.long), self.model.draw_masks(count, generator(0)), [])
 
     def _count(self, done: _Done, skipped: list[UnusableFileError], seconds: float, waited: float) -> None:
         run, progress = self.run, self.progress
@@ -306,6 +328,7 @@ class Session:
         assert kept is not None
         self.progress = replace(kept, detours=before.detours + 1, bad_steps=before.bad_steps, seconds=before.seconds)
         self.bad_in_a_row = 0
+        self.keeper.save(self.progress)  # that it went back is kept, too
         return kept.step
 
 
@@ -376,15 +399,9 @@ def fit(run: Pretrain) -> bool:
     """
     from .journal import Journal, console_log
 
-    number = None
     stopped = False
-    try:
-        with console_log() as console, opened(run) as session, Journal(session.start, console) as journal:
-            for step in session:
-                number = step.number
-                journal.record(step)
-                stopped = step.stopping
-    except Exception as error:
-        record_failure(run.folder, error, step=number)
-        raise
+    with console_log() as console, opened(run) as session, Journal(session.start, console) as journal:
+        for step in session:
+            journal.record(step)
+            stopped = step.stopping
     return not stopped

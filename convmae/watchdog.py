@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ class Watchdog:
 
     def __init__(self, minutes: float, last_words: Callable[[str], None]) -> None:
         self.seconds, self.last_words = 60 * minutes, last_words
-        self.due = time.monotonic() + self.seconds
+        self.due, self.armed = time.monotonic() + self.seconds, -math.inf
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._wait, name="watchdog", daemon=True)
 
@@ -40,9 +41,12 @@ class Watchdog:
 
     def beat(self) -> None:
         """All is well."""
-        self.due = time.monotonic() + self.seconds
-        # The thread below needs the interpreter; this one does not, should what hangs hold on to it.
-        faulthandler.dump_traceback_later(self.seconds + 30, exit=True, file=STDERR)
+        now = time.monotonic()
+        self.due = now + self.seconds
+        if now > self.armed + self.seconds / 10:
+            # The thread below needs the interpreter; this one does not, should what hangs hold on to it.
+            faulthandler.dump_traceback_later(1.2 * self.seconds + 30, exit=True, file=STDERR)
+            self.armed = now
 
     def _wait(self) -> None:
         while not self.ended.wait(max(0, self.due - time.monotonic())):

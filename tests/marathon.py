@@ -94,7 +94,7 @@ def stroll() -> Pretrain:
 
 def sprint() -> Pretrain:
     """Ten steps, whose samples are written down beside the run's folder."""
-    return replace(marathon(), data=Runners(record=Path(os.environ["RECORD"])), epochs=2, warmup_epochs=0.5)
+    return replace(marathon(), data=Runners(record=Path(os.environ["RECORD"])), epochs=2, warmup_epochs=0.5, pictures=0)
 
 
 def unlucky() -> Pretrain:

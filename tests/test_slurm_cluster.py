@@ -186,7 +186,16 @@ def test_after_its_time_limit_a_job_goes_on(desk: Path, undisturbed: Path) -> No
 def test_preempted_with_a_signal_a_job_goes_on(desk: Path, undisturbed: Path) -> None:
     job, folder = marathon(desk, "preempted", "--partition", "preempt", "--cpus-per-task", "40")
     until_step(12, folder)
-    ask("sbatch", "--partition=urgent", "--nodes=4", "--ntasks=4", "--cpus-per-task=40", "--mem=1G", "--wrap=sleep 5")
+    ask(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=4",
+        "--ntasks=4",
+        "--cpus-per-task=40",
+        "--mem=1G",
+        "--output=/dev/null",
+        "--wrap=sleep 5",
+    )
     assert until_over(job, folder) == "COMPLETED"
     assert restarts(job) >= 1
     assert "stopping" in events(folder)

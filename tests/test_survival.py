@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killing import same, told
+from rich.console import Console
 from runs import Noise, NotOfWhite, TinyRun, losses, tiny, together
 
 from convmae import checkpoint
 from convmae.files import lines
+from convmae.journal import Journal
 from convmae.run_folder import failures, occupied
-from convmae.training import Pretrain, Step, fit, refusal, steps
+from convmae.training import Pretrain, Session, Step, fit, opened, refusal, steps
 
 TESTS = Path(__file__).parent
 
@@ -190,9 +193,14 @@ def test_a_step_with_a_bad_sample_is_left_out_and_counted(tmp_path: Path, caplog
 
 
 def poisoned(run: Pretrain, bad: range, *, lives: int) -> Iterator[Step]:
+    with opened(run) as session:
+        yield from poisoned_session(session, bad, lives=lives)
+
+
+def poisoned_session(session: Session, bad: range, *, lives: int = 1) -> Iterator[Step]:
     """The run's steps; in those numbered so its gradient is infinite, the first few times that it comes there."""
     hook: Any = None
-    for step in steps(run):
+    for step in session:
         if hook is not None:
             hook.remove()
             hook = None
@@ -238,6 +246,27 @@ def test_a_run_that_is_bad_again_stops_with_step_samples_and_norm_and_keeps_its_
         "step-00000000.pt",
         "step-00000002.pt",
     ]
+
+
+def test_going_back_from_the_last_step_is_no_end(tmp_path: Path) -> None:
+    run = a_run(tmp_path, bad_steps=2, checkpoint_steps=2, checkpoint_minutes=60)
+    found = list(poisoned(run, range(7, 99), lives=1))
+    assert [step.number for step in found] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8]
+    assert newest(tmp_path)["progress"]["step"] == 8
+    assert newest(tmp_path)["progress"]["detours"] == 1
+
+
+def test_a_journal_goes_back_with_the_run(tmp_path: Path) -> None:
+    run = a_run(tmp_path, bad_steps=2, checkpoint_steps=2, checkpoint_minutes=60, log_every=3, data=Noise(bad=(1, 2)))
+    with opened(run) as session, Journal(session.start, Console(quiet=True)) as journal:
+        for step in poisoned_session(session, range(6, 99)):
+            journal.record(step)
+        counted = sum(journal.skipped.values())
+    told_of = list(lines(tmp_path / "metrics.jsonl"))
+    assert [line["step"] for line in told_of] == [1, 3, 6, 8]
+    skipped = [(line["file"], line["step"]) for line in lines(tmp_path / "skipped.jsonl")]
+    assert len(skipped) == len(set(skipped)) == told_of[-1]["skipped"] == counted
+    assert events(tmp_path).count("rolled_back") == 1
 
 
 # --- a hang -----------------------------------------------------------------------------------------------------------
@@ -341,6 +370,35 @@ def test_a_failure_leaves_its_last_words_and_the_next_start_tells_them(tmp_path:
     with pytest.raises(ValueError, match="no sample"):
         fit(run)
     assert events(tmp_path).count("failed") == 1
+
+
+def test_a_process_refused_in_a_folder_leaves_no_word_there(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    list(steps(run))
+    with occupied(tmp_path), pytest.raises(ValueError, match="is in use"):
+        fit(run)
+    assert not failures(tmp_path)
+
+
+def test_a_lock_that_outlived_this_jobs_last_attempt_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with occupied(tmp_path), occupied(tmp_path, patience=0):
+        assert "still locked by this job's last attempt" in caplog.text
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+
+
+def test_a_disk_that_fails_in_reading_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path)
+    list(steps(run))
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(steps(run))
 
 
 def test_weights_and_biases_get_the_metrics_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from convmae import MAE, checkpoint, masking
 from convmae.data import Stream
 from convmae.optimisation import learning_rate, parameter_groups
+from convmae.targets import normalize
 from convmae.training import Pretrain, fit, steps
 
 
@@ -105,6 +106,27 @@ def test_loader_processes_change_nothing() -> None:
     here = [batches[0].pixels for batches in stream.batches(1, 5, workers=0)]
     there = [batches[0].pixels for batches in stream.batches(1, 5, workers=2)]
     assert all(one.equal(other) for one, other in zip(here, there, strict=True))
+
+
+def test_the_optimiser_is_adamw_from_the_first_step_on(tmp_path: Path) -> None:
+    """A checkpoint of the beginning must not count as a step."""
+    run = a_run(tmp_path, model=tiny().drop_path(0), epochs=0.5, warmup_epochs=0)
+    session_steps = iter(steps(run))
+    torch.manual_seed(run.seed)
+    model = run.model.build()
+    optimiser = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=0.0, betas=run.betas)
+    stream = Stream(run.data.open((32, 32)), (32, 32), run.seed, 5, draw_mask=lambda g: model.masking(1, (4, 4), g))
+    for (batch,) in stream.batches(0, 2, workers=0):
+        step = next(session_steps)
+        loss = model(normalize(batch.pixels), mask=batch.mask)["loss"]
+        loss.backward()
+        for group in optimiser.param_groups:
+            group["lr"] = step.learning_rate
+        optimiser.step()
+        optimiser.zero_grad()
+        assert step.loss == pytest.approx(float(loss), rel=1e-6)
+    for name, weight in step.start.model.named_parameters():
+        torch.testing.assert_close(weight, model.get_parameter(name), rtol=0, atol=1e-5)
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
