@@ -77,9 +77,8 @@ def main() -> None:
     print(f"loss: eager {eager[-1].loss:.6f}, compiled {compiled[-1].loss:.6f}, gone on {gone_on[-1].loss:.6f}")
     apart = max(abs(one.loss - other.loss) for one, other in zip(compiled, gone_on, strict=True))
     equal = all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    print(
-        f"losses of the run gone on with are at most {apart:.2g} away; its weights have {'' if equal else 'not '}the same bits"
-    )
+    bits = "the same bits" if equal else "other bits"
+    print(f"losses of the run gone on with are at most {apart:.2g} away; its weights have {bits}")
 
 
 if __name__ == "__main__":

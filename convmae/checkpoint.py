@@ -56,16 +56,19 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
 
     Raises ValueError and OSError as `save` does.
     """
-    with writing(Path(path)) as file:
-        try:
+    try:
+        with writing(Path(path)) as file:
             torch.save(dict(content), file)
             file.flush()
-        except RuntimeError as problem:  # how torch's writer says that the disk is full
-            raise OSError(f"{path} cannot be written: {_first_line(problem)}") from problem
-        try:
-            torch.load(file.name, weights_only=True, mmap=True, map_location="cpu")
-        except pickle.UnpicklingError as problem:
-            raise ValueError(f"a checkpoint keeps tensors and plain data only: {_first_line(problem)}") from problem
+            try:
+                torch.load(file.name, weights_only=True, mmap=True, map_location="cpu")
+            except pickle.UnpicklingError as problem:
+                raise ValueError(f"a checkpoint keeps tensors and plain data only: {_first_line(problem)}") from problem
+    except (OSError, RuntimeError) as problem:  # torch's writer hides what the disk said
+        said = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(said, OSError):
+            raise
+        raise OSError(said.errno, f"{said.strerror}: this checkpoint cannot be written", str(path)) from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -117,7 +120,10 @@ def read_file(path: Path) -> Any:
 
 
 def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
+    line = (str(problem).splitlines() or [""])[0]
+    if len(line) < 8 or "weights_only" in line:  # a lonely number, or advice to run what is in the file
+        return "it is damaged, or holds more than tensors and plain data"
+    return line
 
 
 def load(path: str | Path, *, size: int | Sequence[int] | None = None) -> Any:

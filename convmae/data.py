@@ -14,7 +14,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -150,7 +150,9 @@ class Stream:
             names.append(self.samples.name(int(order[number % length])))
         return names
 
-    def batches(self, start: int, stop: int, *, workers: int, pin_memory: bool = False) -> Iterator[list[Batch]]:
+    def batches(
+        self, start: int, stop: int, *, workers: int, pin_memory: bool = False
+    ) -> Generator[list[Batch], None, None]:
         """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one)."""
         loader: DataLoader[Any] = DataLoader(
             _Numbered(self),
@@ -162,12 +164,15 @@ class Stream:
             persistent_workers=False,
         )
         others = set(multiprocessing.active_children())
-        arriving = iter(loader)
+        arriving: Any = iter(loader)
         ours = set(multiprocessing.active_children()) - others
         try:
             for step in range(start, stop):
                 yield [next(arriving) for _ in self.share(step)]
         finally:
+            if ours:
+                # An error's traceback would keep them alive, and Python waits for them before it ends.
+                arriving._shutdown_workers()
             for worker in ours:  # asked kindly, they would not hear it; one may be stuck in a file
                 worker.kill()
 

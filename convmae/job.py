@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,17 @@ import torch
 
 from .files import write_whole
 from .run import Pretrain
-from .run_folder import LAST, failures, forget_failures, job_id, note
+from .run_folder import FAILURES, LAST, SLURM, failures, job_id, note
 from .training import fit
 
 CRASHES = 3
 """How many crashes in a row, without a newer checkpoint, start a job again; the next one does not."""
+
+CRASHES_IN_ALL = 20
+"""How many crashes start a job again however far it gets between them; the next one does not."""
+
+LAUNCHER = "CONVMAE_LAUNCHER"
+"""The variable with the process that started a job on this machine."""
 
 _PATIENCE = 600  # seconds that a process waits for SLURM to end it
 _LINES = 8  # of a traceback
@@ -48,14 +56,14 @@ class Job:
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         if len(visible) > 1:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible[tasks.local_rank]
-        if "OMP_NUM_THREADS" not in os.environ:
-            share = max(1, (os.cpu_count() or 1) // tasks.local_world_size)
-            torch.set_num_threads(min(torch.get_num_threads(), share))
         local = os.environ["SUBMITIT_EXECUTOR"] == "local"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(_threads(tasks.local_world_size, local=local))
         if local:
             # Ctrl-C in the terminal is for the launcher, which then asks every process to stop by SIGTERM.
             os.setpgrp()
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens
+            _stop_after(int(os.environ[LAUNCHER]))
         if not fit(self.run) and not local:
             _stand_aside(self.run.folder, first=tasks.rank == 0)
 
@@ -69,7 +77,8 @@ class Job:
 def ended(folder: Path, code: int) -> None:
     """Say which processes of this job failed and why, and queue it again unless that would be of no use.
 
-    It is of no use where a failure is final, and after `CRASHES` crashes without a newer checkpoint.
+    It is of no use where a failure is final, after `CRASHES` crashes without a newer checkpoint, and after
+    `CRASHES_IN_ALL`. Another job's words in the folder are left alone.
 
     Args:
         folder: the run's.
@@ -79,19 +88,23 @@ def ended(folder: Path, code: int) -> None:
     job = _job()
     if not _goes_on(job):
         return
-    failed = failures(folder) + _failed_outside_training(folder, job)
+    told = [words for words in failures(folder) if words.get("job") == job]
+    failed = told + _failed_outside_training(folder, job, {words["rank"] for words in told})
     failed += _silent({words["rank"] for words in failed}, code)
     for at, words in enumerate(failed):
         line = _line(words)
         trace = words["traceback"].rstrip().splitlines()[-_LINES:] if at == 0 else []
         print(line, *trace, sep="\n    ", flush=True)
         note(folder, "failed", words.get("step"), line)
-    forget_failures(folder)
-    crashes = _count_crash(folder, job)
+    for words in told:
+        (folder / FAILURES / f"rank-{words['rank']:05d}.json").unlink(missing_ok=True)
+    crashes, in_all = _count_crash(folder, job)
     if any(words["final"] for words in failed):
         useless = "it would fail again in the same way"
     elif crashes > CRASHES:
         useless = f"it has crashed {crashes} times without a newer checkpoint"
+    elif in_all > CRASHES_IN_ALL:
+        useless = f"it has crashed {in_all} times"
     else:
         useless = _requeue(folder, job, f"after a crash, {crashes} of {CRASHES} without a newer checkpoint")
     if useless:
@@ -109,6 +122,27 @@ def ask(*command: str, seconds: float = 60) -> tuple[bool, str]:
     if done.returncode:
         return False, (done.stderr.strip().splitlines() or [f"{command[0]}: exit code {done.returncode}"])[-1]
     return True, done.stdout.strip()
+
+
+def _threads(processes: int, *, local: bool) -> int:
+    """Threads of one of a node's processes: its CPUs as asked of SLURM, else its share of those that it may run on.
+
+    What was asked for is the same on a node of another size, and so are the bits of the result.
+    """
+    here = len(os.sched_getaffinity(0))
+    asked = "" if local else os.environ.get("SLURM_CPUS_PER_TASK")
+    return min(int(asked), here) if asked else max(1, min(torch.get_num_threads(), here // processes))
+
+
+def _stop_after(launcher: int) -> None:
+    """Have this process stop, and so save, once the launcher is gone: killed, it cannot ask for it."""
+
+    def wait() -> None:
+        while os.path.exists(f"/proc/{launcher}"):
+            time.sleep(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def _job() -> str:
@@ -135,10 +169,14 @@ def _stand_aside(folder: Path, *, first: bool) -> None:
 def _goes_on(job: str) -> bool:
     """Whether SLURM is not ending the job already: a cancelled one would come back to life where it is queued again.
 
-    A job over its time limit is being ended, but has to be queued again. Where SLURM does not answer, the job goes on.
+    A job over its time limit is being ended, but has to be queued again; so is one that is preempted where
+    PreemptMode=CANCEL, which its PreemptTime tells from a cancelled one. Where SLURM does not answer, the job goes on.
     """
-    answered, state = ask("squeue", "--noheader", "--jobs", job, "--format", "%T %r")
-    return not answered or state.startswith(("RUNNING", "SIGNALING")) or state == "COMPLETING TimeLimit"
+    answered, said = ask("scontrol", "--oneliner", "show", "job", job)
+    found = dict(re.findall(r"\b(JobState|Reason|PreemptTime)=(\S+)", said))
+    state, preempted = found.get("JobState", ""), found.get("PreemptTime", "None") != "None"
+    ended_too_early = state == "COMPLETING" and (found.get("Reason") == "TimeLimit" or preempted)
+    return not answered or state in ("RUNNING", "SIGNALING") or ended_too_early
 
 
 def _requeue(folder: Path, job: str, why: str) -> str:
@@ -152,11 +190,10 @@ def _requeue(folder: Path, job: str, why: str) -> str:
     return said
 
 
-def _failed_outside_training(folder: Path, job: str) -> list[dict[str, Any]]:
+def _failed_outside_training(folder: Path, job: str, told: set[int]) -> list[dict[str, Any]]:
     """What submitit kept of processes that failed, of those that left no word by themselves."""
-    told = {words["rank"] for words in failures(folder)}
     found = []
-    for path in (folder / "slurm" / job).glob(f"{job}_*_result.pkl"):
+    for path in (folder / SLURM / job).glob(f"{job}_*_result.pkl"):
         rank = int(path.name.removeprefix(f"{job}_").removesuffix("_result.pkl"))
         outcome, said = pickle.loads(path.read_bytes())
         if outcome == "error" and rank not in told:
@@ -183,14 +220,15 @@ def _line(words: dict[str, Any]) -> str:
     return f"process {words['rank']}{where} failed{at}: {words['error']}"
 
 
-def _count_crash(folder: Path, job: str) -> int:
-    """How many crashes there are now without a newer checkpoint since the first of them."""
-    path, last = folder / "slurm" / job / "crashes.json", folder / LAST
+def _count_crash(folder: Path, job: str) -> tuple[int, int]:
+    """How many crashes of the job there are now without a newer checkpoint since the first of them, and in all."""
+    path, last = folder / SLURM / job / "crashes.json", folder / LAST
     checkpoint = os.readlink(last) if last.is_symlink() else None
     before = json.loads(path.read_text()) if path.exists() else {}
-    crashes = before["crashes"] + 1 if before.get("checkpoint", "") == checkpoint else 1
-    write_whole(path, json.dumps({"checkpoint": checkpoint, "crashes": crashes}))
-    return int(crashes)
+    crashes = 1 + (before["crashes"] if before.get("checkpoint", "") == checkpoint else 0)
+    in_all = 1 + before.get("in_all", 0)
+    write_whole(path, json.dumps({"checkpoint": checkpoint, "crashes": crashes, "in_all": in_all}))
+    return crashes, in_all
 
 
 if __name__ == "__main__":

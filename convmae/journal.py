@@ -122,15 +122,16 @@ class Journal:
         parameters = sum(parameter.numel() for parameter in start.model.parameters())
         size = " x ".join(map(str, run.model.size))
         print_ = self.console.print
-        if start.first == start.total:
-            print_(f"{self.folder} is already finished: nothing left to do")
+        if start.first >= start.total:
+            done = f"{self.folder} is already finished: nothing left to do, after {start.first} of {start.total} steps"
+            print_(done, highlight=False, markup=False, soft_wrap=True)
             return
         print_(f"[bold]{type(run.model).__name__}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
         print_(f"{start.samples!r}", highlight=False, markup=False, soft_wrap=True)
         print_(f"{run.batch_size} samples a step, {start.total} steps, {_where(start)}")
         if start.first:
             print_(f"going on after step {start.first}")
-        print_(f"everything goes to {self.folder}", highlight=False)
+        print_(f"everything goes to {self.folder}", highlight=False, markup=False, soft_wrap=True)
         event = "resumed" if start.first else "started"
         note(self.folder, event, start.first, f"{_where(start)}, {socket.gethostname()}")
 
@@ -241,7 +242,7 @@ class Journal:
             print_(f"finished: loss {_number(self.last['loss'])} after {self.number} steps")
             note(self.folder, "finished", self.number, f"loss {_number(self.last['loss'])}")
         for name in (LAST, "report.html"):
-            print_(f"  {self.folder / name}", highlight=False)
+            print_(f"  {self.folder / name}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _needs_all(start: Start) -> bool:
@@ -394,7 +395,10 @@ def console_log() -> Iterator[Console]:
         return
     logs = [logging.getLogger(name) for name in ("convmae", "video")]
     handler: logging.Handler = logging.NullHandler()  # what all have to say is said once
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 and not console.is_terminal:
+        handler = logging.StreamHandler(sys.stdout)  # whole lines, to be searched
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    elif int(os.environ.get("RANK", 0)) == 0:
         handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
     for log in logs:
         log.addHandler(handler)

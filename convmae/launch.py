@@ -26,26 +26,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from .job import Job
+from .job import LAUNCHER, Job
+from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, ready_demo, require_gpus, say, suited
 from .run import Pretrain
-from .slurm import (
-    ENDLESS,
-    LaunchError,
-    Place,
-    Slurm,
-    choose_nodes,
-    closest,
-    count_tasks,
-    logs,
-    query_slurm,
-    ready_demo,
-    request,
-    require_gpus,
-    say,
-    show,
-    submit,
-    suited,
-)
+from .slurm import ENDLESS, Allocation, Slurm, choose_nodes, query_slurm, request, show, submit
 from .training import fit
 
 DATA = "CONVMAE_DATA"
@@ -119,7 +103,7 @@ def _launch(recipe: str, arguments: list[str]) -> int:
     place = _choose(launch, slurm, run)
     say("cluster", f"{place.cluster}: {place.why}")
     run = suited(run, place.gpus)
-    if place.cluster == "slurm":
+    if isinstance(place, Allocation):
         asked = request(slurm, place, run.folder.absolute().name)
         show(asked) if launch.dry_run else submit([run], asked)
         return 0
@@ -267,7 +251,8 @@ def _with_data(run: Pretrain, given: Path | None) -> Pretrain:
             raise LaunchError(f"{flag}: there is no {root}")
         say("data", root if given is not None else f"{root}, from ${DATA}")
     elif source.root is None:
-        say("data", f"the built-in demo set, as neither --data nor ${DATA} says where others are")
+        what = "the built-in demo set" if type(source).__module__.startswith(("convmae.", "video.")) else "the recipe's"
+        say("data", f"{what}, as neither --data nor ${DATA} says where others are")
         return run
     else:
         root = Path(source.root).expanduser().absolute()
@@ -344,7 +329,7 @@ def _local_place(launch: Launch, slurm: Slurm, run: Pretrain, why: str) -> Place
 def _in_this_process(run: Pretrain) -> int:
     try:
         finished = fit(run)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"{_program()}: {error}", file=sys.stderr)
         return 1
     except ValueError as error:
@@ -372,6 +357,9 @@ def _on_this_machine(run: Pretrain, place: Place) -> int:
         timeout_min=ENDLESS,
         stderr_to_stdout=True,
     )
+    if not place.gpus:
+        os.environ.setdefault(*PATIENT)
+    os.environ[LAUNCHER] = str(os.getpid())
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal's: for the launcher, not for what it starts
         signal.signal(number, signal.SIG_IGN)
     following = _Following(executor.submit(Job(run)))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .builders import MAE
 from .data import Source
 from .optimisation import learning_rate
@@ -120,6 +122,7 @@ class Pretrain:
                     f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
                     0 <= self.warmup_epochs < self.epochs,
                 ),
+                ("betas", "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)),
                 ("weight_decay", "0 or more", self.weight_decay >= 0),
                 ("clip_gradient", "0 or more", self.clip_gradient >= 0),
                 ("seed", "0 or more", self.seed >= 0),
@@ -158,6 +161,10 @@ def check(run: Pretrain) -> None:
     """Refuse now what the first checkpoint or the journal would refuse."""
     if run.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {run.wandb}: wandb is not installed; pip install wandb")
+    try:
+        torch.device("cpu" if run.device == "auto" else run.device)
+    except RuntimeError as problem:
+        raise ValueError(f"--device {run.device}: it is auto, cpu, cuda or another of torch's") from problem
     try:
         plain = to_plain(run)
         if from_plain(plain) != run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -12,22 +11,32 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import snapshot
 from .job import Job, ask
-from .run import Pretrain, check, refusal
+from .place import (
+    PATIENT,
+    LaunchError,
+    Place,
+    closest,
+    count_tasks,
+    logs,
+    ready_demo,
+    require_folder,
+    require_gpus,
+    say,
+    suited,
+)
+from .plain import to_plain
+from .run import Pretrain
+from .run_folder import SLURM
 from .training import fit
 
 ENDLESS = 10 * 365 * 24 * 60  # minutes: where there is no time limit
 _NEVER = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-
-
-class LaunchError(Exception):
-    """What was asked for cannot be done; the message says what was given, what there is, and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +99,10 @@ class Partition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What carries the run out, why, and with how many GPUs and processes on each of its nodes."""
+class Allocation(Place):
+    """A place on SLURM: nodes of a partition."""
 
-    cluster: Literal["slurm", "local", "debug"]
-    why: str
-    nodes: int = 1
-    gpus: int
-    tasks: int
-    partition: Partition | None = None
+    partition: Partition
 
 
 # ---- what the cluster has --------------------------------------------------------------------------------------------
@@ -148,12 +152,6 @@ def _minutes(text: str) -> int | None:
     return (days or 0) * 1440 + hours * 60 + minutes + math.ceil(seconds / 60)
 
 
-def closest(given: str, names: Sequence[str], question: str) -> str:
-    """A question after the name that was perhaps meant; nothing where none is like it."""
-    found = difflib.get_close_matches(given, names, n=1)
-    return " " + question.format(found[0]) if found else ""
-
-
 # ---- what is asked of it ---------------------------------------------------------------------------------------------
 
 
@@ -165,7 +163,7 @@ def choose_nodes(
     gpus_per_node: int | None,
     tasks_per_node: int | None,
     on_cpu: bool,
-) -> Place:
+) -> Allocation:
     """The nodes of the partition asked for, with as many GPUs as enough of them have where no number is given.
 
     Raises:
@@ -184,21 +182,7 @@ def choose_nodes(
     has = f"with {gpus} GPUs each" if gpus else "without GPUs"
     why = f"it answers; {nodes} of partition {name}'s nodes, {has}"
     tasks = count_tasks(gpus, tasks_per_node)
-    return Place(cluster="slurm", why=why, nodes=nodes, gpus=gpus, tasks=tasks, partition=partition)
-
-
-def require_gpus(given: int, there: bool, what: str) -> None:
-    """Refuse GPUs that are not there."""
-    if not there:
-        raise LaunchError(f"--gpus-per-node {given}: {what}. 0 is for CPUs alone.")
-
-
-def count_tasks(gpus: int, tasks_per_node: int | None) -> int:
-    """The processes of a node: one a GPU; on CPUs as many as are asked for, or one."""
-    if gpus and tasks_per_node not in (None, gpus):
-        given = f"--tasks-per-node {tasks_per_node}"
-        raise LaunchError(f"{given}: with {gpus} GPUs there are {gpus}. Leave it out, or add --gpus-per-node 0.")
-    return gpus or tasks_per_node or 1
+    return Allocation(cluster="slurm", why=why, nodes=nodes, gpus=gpus, tasks=tasks, partition=partition)
 
 
 def _partition(slurm: Slurm, partitions: list[Partition]) -> Partition:
@@ -215,13 +199,12 @@ def _partition(slurm: Slurm, partitions: list[Partition]) -> Partition:
     return replace(found[wanted.split(",")[0]], name=wanted)
 
 
-def request(slurm: Slurm, place: Place, name: str) -> dict[str, Any]:
+def request(slurm: Slurm, place: Allocation, name: str) -> dict[str, Any]:
     """What submitit is to ask of SLURM for a run of this name.
 
     Raises:
         LaunchError: the nodes have fewer CPUs, the partition has a shorter limit, or the jobs to come after fail.
     """
-    assert place.partition is not None
     partition = place.partition
     usable = partition.having(place.gpus)
     fair = min(alike.cpus * (place.gpus / alike.gpus if place.gpus else 1) for alike in usable)
@@ -280,7 +263,7 @@ def _states(job: str) -> list[str]:
     return []
 
 
-def _memory(usable: list[Nodes], place: Place, cpus: int) -> str:
+def _memory(usable: list[Nodes], place: Allocation, cpus: int) -> str:
     """All of the node's memory (SLURM's 0) with all its GPUs or CPUs, else the same share."""
     shares = [max(place.gpus / max(n.gpus, 1), place.tasks * cpus / n.cpus) for n in usable]
     if min(shares) >= 1:
@@ -305,34 +288,6 @@ def _time(slurm: Slurm, partition: Partition) -> int:
 # ---- submitting ------------------------------------------------------------------------------------------------------
 
 
-def suited(run: Pretrain, gpus: int) -> Pretrain:
-    """The run as it is carried out with so many GPUs on each node.
-
-    Raises:
-        LaunchError: it would fail: its model cannot be built, its device is not there, its folder cannot be written
-            to, is in use, or holds another run.
-    """
-    if gpus == 0 and run.device == "auto":
-        run = replace(run, device="cpu")
-    try:
-        run.model.check()
-        check(run)
-    except ValueError as error:
-        raise LaunchError(str(error)) from error
-    if run.device.startswith("cuda") and gpus == 0:
-        raise LaunchError(f"--device {run.device}: there is no GPU. Use --device cpu or auto.")
-    folder = run.folder.absolute()
-    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise LaunchError(f"--folder {run.folder}: {parent} is not a folder that can be written to")
-    if _first() and (why := refusal(run)):  # the others may find the first one training there already
-        raise LaunchError(why)
-    if gpus == 0:
-        # Threads that wait for each other sleep: where processes share CPUs, spinning cost 18 times the work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return run
-
-
 def show(request: dict[str, Any]) -> None:
     """Print what SLURM would be asked for."""
     say("dry run", "nothing is queued; SLURM would be asked for")
@@ -354,7 +309,7 @@ def submit(runs: Sequence[Pretrain], request: dict[str, Any]) -> list[str]:
     jobs = _queue(runs, request)
     ids = [str(job.job_id) for job in jobs]
     for run, job in zip(runs, jobs, strict=True):
-        link = run.folder / "slurm" / job.job_id
+        link = run.folder / SLURM / job.job_id
         if not link.exists():  # an array's logs are together, above the folders of its runs
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(os.path.relpath(job.paths.folder, link.parent))
@@ -375,7 +330,7 @@ def _queue(runs: list[Pretrain], request: dict[str, Any]) -> list[Any]:
         executor = submitit.AutoExecutor(
             folder=logs(runs), cluster="slurm", slurm_max_num_timeout=100, slurm_python=python
         )
-        executor.update_parameters(**request, slurm_setup=_setup(runs), slurm_teardown=_TEARDOWN)
+        executor.update_parameters(**request, slurm_setup=_setup(runs, request), slurm_teardown=_TEARDOWN)
         with executor.batch():
             jobs = [executor.submit(Job(run)) for run in runs]
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -383,20 +338,34 @@ def _queue(runs: list[Pretrain], request: dict[str, Any]) -> list[Any]:
     return jobs
 
 
-def _setup(runs: list[Pretrain]) -> list[str]:
+def _setup(runs: list[Pretrain], request: dict[str, Any]) -> list[str]:
     """What the batch script does first: find the run, remove what a killed attempt left, import the code submitted."""
-    modules = {type(part).__module__ for run in runs for part in (run, run.model, run.data)}
-    (code,) = {snapshot.take(run.folder, modules).name for run in runs}
+    code = snapshot.take(runs[0].folder, _modules(tuple(map(to_plain, runs))))
+    for run in runs[1:]:
+        snapshot.copy(code, run.folder)
+    name, value = PATIENT
+    patient = [] if request["gpus_per_node"] else [f'export {name}="${{{name}:-{value}}}"']
+    path = f'"$run/{snapshot.CODE}/{code.name}":{shlex.quote(os.getcwd())}'
     folders = " ".join(shlex.quote(str(run.folder)) for run in runs)
     return [
         f"runs=({folders})",
         'run="${runs[${SLURM_ARRAY_TASK_ID:-0}]}"',
         'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'job="${job:-$SLURM_JOB_ID}"',
-        'rm -f "$run/slurm/$job"/*.save_tmp "$run/slurm/$job"/*_result.pkl',
+        f'rm -f "$run/{SLURM}/$job"/*.save_tmp "$run/{SLURM}/$job"/*_result.pkl',
+        *patient,
         "export PYTHONSAFEPATH=1",
-        f'export PYTHONPATH="$run/code/{code}":{shlex.quote(os.getcwd())}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
     ]
+
+
+def _modules(plain: Any) -> set[str]:
+    """The modules of all classes in a plain form."""
+    if isinstance(plain, tuple):
+        return {name for part in plain for name in _modules(part)}
+    if not isinstance(plain, dict) or "class" not in plain:
+        return set()
+    return {plain["class"].partition(":")[0], *_modules(tuple(plain["fields"].values()))}
 
 
 _TEARDOWN = [
@@ -404,20 +373,6 @@ _TEARDOWN = [
     f'if [ $code -ne 0 ]; then {shlex.quote(sys.executable)} -m convmae.job "$run" $code; fi',
     "exit $code",
 ]
-
-
-def logs(runs: Sequence[Pretrain]) -> Path:
-    """Where submitit keeps what was submitted and what it printed, by job; of several runs, above their folders."""
-    return Path(os.path.commonpath([run.folder for run in runs])) / "slurm" / "%j"
-
-
-def ready_demo(run: Pretrain) -> None:
-    """Make the demo set now, if it is the data: the processes of a job would each begin to."""
-    if getattr(run.data, "root", "") is None:
-        try:
-            run.data.open(run.model.size)
-        except ValueError as error:
-            raise LaunchError(str(error)) from error
 
 
 def _tell(runs: list[Pretrain], jobs: list[Any]) -> None:
@@ -435,16 +390,6 @@ def _tell(runs: list[Pretrain], jobs: list[Any]) -> None:
     say("watch", f"python -m convmae.watch {' '.join(shlex.quote(str(run.folder)) for run in runs)}")
     say("queue", f"squeue -j {number}")
     say("cancel", f"scancel {number}" + (f", or one of them: scancel {first.job_id}" if several else ""))
-
-
-def say(label: str, text: object) -> None:
-    """Print a line of what is being done, in the first process alone: torchrun starts launchers, too."""
-    if _first():
-        print(f"{label:<9}{text}", flush=True)
-
-
-def _first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def sweep(
@@ -472,9 +417,11 @@ def sweep(
 
     Raises:
         ValueError: there are no runs, or some share a folder.
-        LaunchError: one cannot be carried out as asked; nothing is queued.
+        LaunchError: one cannot be carried out as asked, or there is no folder above them all for their logs; nothing
+            is queued.
     """
-    folders = [run.folder.absolute() for run in runs]
+    runs = [replace(run, folder=run.folder.absolute()) for run in runs]
+    folders = [run.folder for run in runs]
     shared = sorted({str(folder) for folder in folders if folders.count(folder) > 1})
     if shared or not runs:
         raise ValueError(f"the runs of a sweep need a folder each; several have {', '.join(shared) or 'none'}")
@@ -488,8 +435,13 @@ def sweep(
             tasks_per_node=tasks_per_node,
             on_cpu=all(run.device == "cpu" for run in runs),
         )
+        above = logs(runs).parents[1]
+        if above == above.parent:
+            what = f"the runs of a sweep have their logs in a folder above them all, but share nothing below {above}"
+            raise LaunchError(f"{what}. Give them folders in one, as runs/a and runs/b.")
+        require_folder(above, "the logs of a sweep go above the folders of its runs")
         runs = [suited(run, place.gpus) for run in runs]
-        asked = request(slurm, place, logs(runs).parents[1].name)
+        asked = request(slurm, place, above.name)
         return submit(runs, {**asked, "slurm_array_parallelism": at_once or len(runs)})
     if nodes > 1:
         raise LaunchError(f"nodes={nodes} needs SLURM, but {why}")

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("convmae", "video")
+CODE = "code"  # the folder of snapshots, in a run's
 ORIGIN, DIFF = "origin.json", "origin.diff"
 _LARGE = 1 << 20  # bytes; what is larger is data, not code
 
@@ -35,18 +37,24 @@ def take(folder: Path, modules: Iterable[str] = ()) -> Path:
     """
     names = {*PACKAGES, *(name.partition(".")[0] for name in modules), *_from_working_directory()}
     sources = {name: source for name in sorted(names) if (source := _source(name)) is not None}
-    codes = folder / "code"
-    codes.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=codes, prefix=".") as temporary:
-        copy = Path(temporary) / "code"
-        copy.mkdir()
+    with _unfinished(folder) as made:
+        made.mkdir()
         for source in sources.values():
-            _copy(source, copy / source.name, whole=True)
-        code = codes / _digest(copy)
-        _describe(sources, copy)
-        if not code.exists():
-            copy.rename(code)
-    return code
+            _copy(source, made / source.name, whole=True)
+        digest = _digest(made)
+        _describe(sources, made)
+        return _keep(made, folder / CODE / digest)
+
+
+def copy(code: Path, folder: Path) -> Path:
+    """Copy a snapshot to the folder of another run that has the same code: the copy.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    with _unfinished(folder) as made:
+        shutil.copytree(code, made, symlinks=True)
+        return _keep(made, folder / CODE / code.name)
 
 
 def version() -> dict[str, Any]:
@@ -57,6 +65,20 @@ def version() -> dict[str, Any]:
     record = package.parent / ORIGIN  # in a copy
     origin = json.loads(record.read_text())[package.name] if record.is_file() else _origin(package)[0]
     return {"version": __version__, **origin}
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A path for a snapshot that is being made in a run's folder."""
+    (folder / CODE).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder / CODE, prefix=".") as temporary:
+        yield Path(temporary) / CODE
+
+
+def _keep(made: Path, code: Path) -> Path:
+    if not code.exists():
+        made.rename(code)
+    return code
 
 
 def _from_working_directory() -> set[str]:

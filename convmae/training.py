@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .data import Batch, Samples, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
 from .keeper import Keeper
-from .nn.layers import blocks, recompute
+from .nn.layers import AttentionBlock, blocks, recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw
 from .progress import Event, Progress, Start, Step, Window
@@ -66,17 +66,17 @@ def opened(run: Pretrain) -> Iterator[Session]:
     def last_words(error: Exception | str) -> None:
         record_failure(run.folder, error, step=None if session is None else session.progress.step)
 
-    with ExitStack() as closing:
-        stop = closing.enter_context(_stop_requests())
-        watchdog = closing.enter_context(Watchdog(run.hang_minutes, last_words))
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stop_requests())
+        watchdog = stack.enter_context(Watchdog(run.hang_minutes, last_words))
         try:
-            world = closing.enter_context(join(run.device, minutes=run.hang_minutes))
+            world = stack.enter_context(join(run.device, minutes=run.hang_minutes))
             torch.manual_seed(run.seed)
             model = run.model.build()
             samples = world.tell(lambda: run.data.open(run.model.size))
-            world.tell(lambda: closing.enter_context(_in_folder(run)))
+            world.tell(lambda: stack.enter_context(_in_folder(run)))
             watchdog.beat()
-            session = closing.enter_context(Session(run, world, model, samples, stop, watchdog))
+            session = stack.enter_context(Session(run, world, model, samples, stop, watchdog))
             yield session
         except InUseError:
             raise  # the folder is another's
@@ -126,7 +126,8 @@ class Session:
             recompute(model)
         if run.compile:
             for block in blocks(model):
-                block.compile()  # alike ones share the code, and gradients are exchanged while others are computed
+                if isinstance(block, AttentionBlock):  # the tile convolution's many small pieces take too long
+                    block.compile()
         self.network = world.share(model, sharded=run.parallel == "fsdp")
         self.optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
         self.keeper = Keeper(run, world, model, self.optimiser, samples)
@@ -174,16 +175,17 @@ class Session:
     def _along(self, stream: Stream) -> Iterator[Step]:
         """Steps along one order of the data: to the end, to a request to stop, or to where the run goes back."""
         on_gpu = self.world.device.type == "cuda"
-        arriving = stream.batches(self.progress.step, self.start.total, workers=self.run.workers, pin_memory=on_gpu)
-        while True:
-            self.watchdog.beat()
-            began = time.monotonic()
-            batches = next(arriving)
-            step = self._step(stream, batches, began, waited=time.monotonic() - began)
-            self.watchdog.beat()
-            yield step
-            if step.back_to is not None:
-                return
+        batches = stream.batches(self.progress.step, self.start.total, workers=self.run.workers, pin_memory=on_gpu)
+        with closing(batches) as arriving:
+            while True:
+                self.watchdog.beat()
+                began = time.monotonic()
+                loaded = next(arriving)
+                step = self._step(stream, loaded, began, waited=time.monotonic() - began)
+                self.watchdog.beat()
+                yield step
+                if step.back_to is not None:
+                    return
 
     def _step(self, stream: Stream, batches: list[Batch], began: float, *, waited: float) -> Step:
         run, world, number = self.run, self.world, self.progress.step
@@ -201,7 +203,9 @@ class Session:
             _log.warning("left out: %s", text)
             if self.bad_in_a_row >= run.bad_steps:
                 back_to = self._go_back(text)
-                events.append(Event("rolled_back", f"to step {back_to}, with the data in another order"))
+                text = f"to step {back_to}, with the data in another order"
+                events.append(Event("rolled_back", text))
+                _log.warning("%d steps in a row were not finite: back %s", run.bad_steps, text)
         ended = self.progress.step == self.start.total
         stopping = done.stopping and not ended and back_to is None
         if stopping:
@@ -319,10 +323,14 @@ class Session:
         """To the last checkpoint, which is from before the bad steps, to take another way from there: its step."""
         run, before = self.run, self.progress
         if before.detours >= run.rollbacks:
-            again = f", also after going back {before.detours} times" if before.detours else ""
+            again = f", also after going back (--rollbacks {run.rollbacks})" if before.detours else ""
+            clip = "" if run.clip_gradient else " or with --clip-gradient"
+            if self.world.first:
+                note(run.folder, "bad_step", before.step, text)
             raise FloatingPointError(
                 f"{self.bad_in_a_row} steps in a row were not finite{again}. The last: {text}. The checkpoints in "
-                f"{run.folder} are from before. Look at these samples, lower --base-lr, or set --clip-gradient."
+                f"{run.folder} are from before. Look at these samples; or begin in another --folder with a lower "
+                f"--base-lr{clip}."
             )
         kept = self.keeper.take_up()
         assert kept is not None

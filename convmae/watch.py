@@ -38,8 +38,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .pictures import series, smoothed
+from .run_folder import CHECKPOINTS, EVENTS, FAILURES, LAST, LOCK, METRICS, SKIPPED, SLURM
 
-_PARTS = ("metrics.jsonl", "events.jsonl", "run.txt", ".lock", "last.pt", "checkpoints", "failures", "slurm")
+_PARTS = (METRICS, EVENTS, "run.txt", LOCK, LAST, CHECKPOINTS, FAILURES, SLURM)
 _SECONDS, _ASK_EVERY, _ANSWER_WITHIN = 2, 10, 5  # between two looks; between two calls of squeue, and each one's limit
 _WHOLE, _END, _PLACES, _PLACE = 2**20, 2**18, 256, 2**11  # bytes: read whole, else the end, and so many places
 _RECENT = 20  # lines of metrics that tell the pace
@@ -143,9 +144,9 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metrics = Growing(folder / "metrics.jsonl", kept=2**11)
-        self.events = Growing(folder / "events.jsonl", kept=2**16)
-        self.skipped = Growing(folder / "skipped.jsonl", kept=2**16)
+        self.metrics = Growing(folder / METRICS, kept=2**11)
+        self.events = Growing(folder / EVENTS, kept=2**16)
+        self.skipped = Growing(folder / SKIPPED, kept=2**16)
 
     def look(self) -> None:
         """Read what is new."""
@@ -153,17 +154,17 @@ class Watched:
             file.read()
         self.now = time.time()
         self.last = self.metrics.lines[-1] if self.metrics.lines else {}
-        self.lock = _read(self.folder / ".lock")
+        self.lock = _read(self.folder / LOCK)
         begins = [_time(event) for event in self.events.lines if event.get("event") in ("started", "resumed")]
         self.begun = max([_time(self.lock, "since"), *begins])
         self.news = max([_time(self.last), self.begun, *map(_time, self.events.lines[-1:])])
-        failures = sorted(map(_read, self.folder.glob("failures/*.json")), key=_time)
+        failures = sorted(map(_read, (self.folder / FAILURES).glob("*.json")), key=_time)
         self.failures = [failure for failure in failures if failure and _time(failure) >= self.begun]
         self._find_job()
 
     def _find_job(self) -> None:
         """The job that the run is or will be, and its log: the lock's, unless one was submitted since."""
-        jobs = [path for path in self.folder.glob("slurm/*") if path.name[0].isdigit()]
+        jobs = [path for path in (self.folder / SLURM).glob("*") if path.name[0].isdigit()]
         newest = max(jobs, key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)], default=None)
         self.log = newest / f"{newest.name}_0_log.out" if newest else None
         self.job, self.submitted = str(self.lock.get("job") or "") or None, 0.0
@@ -389,7 +390,7 @@ def _failures(run: Watched) -> list[RenderableType]:
         where = f"rank {failure.get('rank')} on {failure.get('host')}, {when}: "
         rows.append(Text.assemble((where, "red"), _short(error)))
     if more := len(run.failures) - len(rows):
-        rows.append(Text(f"and {more} more, in {run.folder / 'failures'}", "dim"))
+        rows.append(Text(f"and {more} more, in {run.folder / FAILURES}", "dim"))
     return rows
 
 
@@ -411,13 +412,13 @@ def _events(run: Watched, most: int) -> list[tuple[str, Text]]:
 
 
 def _checkpoint(run: Watched) -> str:
-    kept = sorted(run.folder.glob("checkpoints/step-*.pt"))
-    newest = kept[-1] if kept else run.folder / "last.pt"
+    kept = sorted((run.folder / CHECKPOINTS).glob("*.pt"))
+    newest = kept[-1] if kept else run.folder / LAST
     try:
         status = newest.stat()
     except OSError:
         return ""
-    step = f"step {int(newest.stem.removeprefix('step-')):,}, " if kept else ""
+    step = f"step {int(digits[0]):,}, " if (digits := re.findall(r"\d+", newest.stem)) else ""
     count = f"; {len(kept)} kept" if len(kept) > 1 else ""
     return f"{step}{_ago(run.now - status.st_mtime)}, {_size(status.st_size)}{count}"
 
@@ -506,18 +507,19 @@ def _size(count: int) -> str:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def _view(runs: Sequence[Watched], queue: Queue, console: Console, rows: int) -> RenderableType:
-    """Look at the runs and show them, in so many rows where that is possible."""
+def _view(runs: Sequence[Watched], below: Sequence[Text], queue: Queue, console: Console, rows: int) -> RenderableType:
+    """Look at the runs and show them, with lines below, in so many rows where that is possible."""
     for run in runs:
         run.look()
     queue.ask({run.job for run in runs if run.job})
     states = [run.state(queue) for run in runs]
+    rows -= len(below)
     if len(runs) == 1:
-        return _page(runs[0], states[0], console, rows)
-    return _table(runs, states, rows, wide=console.width >= _WIDE)
+        return Group(_page(runs[0], states[0], console, rows), *below)
+    return Group(_table(runs, states, rows, wide=console.width >= _WIDE), *below)
 
 
-def _follow(runs: Sequence[Watched], queue: Queue, console: Console) -> None:
+def _follow(runs: Sequence[Watched], below: Sequence[Text], queue: Queue, console: Console) -> None:
     """Show the runs again and again, until q or Ctrl-C; the last view stays."""
     view: RenderableType = ""
     with (
@@ -526,7 +528,7 @@ def _follow(runs: Sequence[Watched], queue: Queue, console: Console) -> None:
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
         while True:
-            view = _view(runs, queue, console, console.height - 1)
+            view = _view(runs, below, queue, console, console.height - 1)
             live.update(Group(view, Text("q ends", "dim", justify="right")), refresh=True)
             if key(_SECONDS) == "q":
                 break
@@ -571,13 +573,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several: a line each")
     parser.add_argument("--once", action="store_true", help="print once and end, as where there is no terminal")
     given = parser.parse_args()
-    if refusals := [refusal for folder in given.runs if (refusal := _refusal(folder))]:
-        parser.error("\n".join(refusals))
-    runs, queue, console = [Watched(folder) for folder in given.runs], Queue(), Console(highlight=False)
+    others = {folder: refusal for folder in given.runs if (refusal := _refusal(folder))}
+    runs = [Watched(folder) for folder in given.runs if folder not in others]
+    if not runs:
+        parser.error("\n".join(others.values()))
+    left_out = Text(f"left out, as no runs: {', '.join(map(str, others))}", "dim", no_wrap=True, overflow="ellipsis")
+    below, queue, console = [left_out] * bool(others), Queue(), Console(highlight=False)
     if given.once or not console.is_terminal:
-        console.print(_view(runs, queue, console, sys.maxsize))
+        console.print(_view(runs, below, queue, console, sys.maxsize))
     else:
-        _follow(runs, queue, console)
+        _follow(runs, below, queue, console)
 
 
 if __name__ == "__main__":

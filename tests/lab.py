@@ -92,6 +92,12 @@ def at_home() -> Pretrain:
     return replace(tiny(), data=Placed(root=Path("clips")))
 
 
+def masked() -> Pretrain:
+    from lab_masks import Half
+
+    return replace(tiny(), model=tiny().model.mask(Half()))
+
+
 def crashing() -> Pretrain:
     return replace(tiny(), data=Crashing())
 
@@ -115,12 +121,26 @@ def scaled(factor: float) -> Pretrain:
 def poem() -> str:
     return "no run"
 '''
+MASKS = '''
+"""A masking of the lab's, in a package of its own."""
+
+from dataclasses import dataclass
+
+from convmae import masking
+
+
+@dataclass(frozen=True)
+class Half:
+    def __call__(self, batch, grid, generator=None):
+        return masking.random(0.5)(batch, grid, generator)
+'''
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
     (folder / "lab_recipes.py").write_text(RECIPES)
+    (folder / "lab_masks.py").write_text(MASKS)
     (folder / "lab_broken.py").write_text("import not_there_at_all\n")
     return folder
 

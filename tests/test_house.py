@@ -35,7 +35,7 @@ FLOORS: list[set[str]] = [
     {"convmae.keeper"},
     {"convmae.training"},
     {"convmae.journal"},
-    {"convmae.job", "convmae.recipes", "convmae.watch"},
+    {"convmae.job", "convmae.place", "convmae.recipes", "convmae.watch"},
     {"convmae.slurm"},
     {"convmae.launch"},
 ]

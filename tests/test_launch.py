@@ -155,7 +155,7 @@ def test_the_data_are_the_flag_s_then_the_variable_s_then_the_recipe_s_then_the_
     assert root() == (desk / "clips", f"data     {desk}/clips, from the recipe")
     nothing, line = root(recipe="lab_recipes:placed")
     assert nothing is None
-    assert "the built-in demo set, as neither --data nor $CONVMAE_DATA says where others are" in line
+    assert "the recipe's, as neither --data nor $CONVMAE_DATA says where others are" in line
 
 
 def test_data_that_are_not_there_or_cannot_be_replaced_are_refused(desk: Path, says: Says) -> None:
@@ -262,6 +262,20 @@ def test_processes_on_this_machine_get_the_gpus_that_the_launcher_sees(
     ):
         says("--cluster", "local", "--gpus-per-node", "2")
     assert (started.call_args.kwargs["cuda_devices"], started.call_args.kwargs["tasks_per_node"]) == (given, 2)
+
+
+@pytest.mark.parametrize(("gpus", "policy"), [("0", "PASSIVE"), ("2", None)])
+def test_threads_of_processes_on_cpus_sleep_while_they_wait(
+    says: Says, monkeypatch: pytest.MonkeyPatch, gpus: str, policy: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        mock.patch("submitit.local.local.start_controller", side_effect=InterruptedError),
+        mock.patch.object(signal, "signal"),
+        pytest.raises(InterruptedError),
+    ):
+        says("--cluster", "local", "--gpus-per-node", gpus)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_gpus_named_by_uuid_stop_only_a_run_on_gpus(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:

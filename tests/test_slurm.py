@@ -18,11 +18,12 @@ import torch
 from lab import Says, asked, command, desk, lab, metrics, place, says, slurm
 from submitit.core.utils import DelayedSubmission
 
-from convmae import job
-from convmae.job import CRASHES, Job
+from convmae import job, snapshot
+from convmae.job import CRASHES, CRASHES_IN_ALL, Job
 from convmae.launch import find_recipe
+from convmae.place import LaunchError
 from convmae.run import Pretrain
-from convmae.slurm import LaunchError, Slurm, count_gpus, parse_partitions, sweep
+from convmae.slurm import Slurm, count_gpus, parse_partitions, sweep
 
 __all__ = ["desk", "lab", "says"]
 
@@ -81,8 +82,8 @@ def test_nodes_without_gpus_get_one_process_with_all_their_cpus(desk: Path, says
     out = says("--nodes", "4", "--dry-run")[1]
     assert place(out) == "slurm: it answers; 4 of partition cpu's nodes, without GPUs"
     assert {"tasks-per-node": "1", "cpus-per-task": "128"}.items() <= asked(out).items()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "gpus-per-node" not in asked(out)
+    assert "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_as_many_gpus_are_asked_for_as_enough_nodes_have(desk: Path, says: Says) -> None:
@@ -150,7 +151,7 @@ def test_a_job_is_submitted_with_what_makes_it_survive_and_the_ways_to_follow_it
 
 def submitted(desk: Path) -> dict[str, str]:
     """The flags for sbatch in the batch script."""
-    (script,) = (desk / "runs").glob("**/slurm/123*/123_submission.sh")
+    (script,) = (desk / "runs").glob("**/*slurm/123*/123_submission.sh")
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script.read_text(), re.MULTILINE))
 
 
@@ -202,16 +203,35 @@ def test_a_process_of_a_job_knows_the_others_and_sees_its_own_gpu() -> None:
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(job, "fit") as fit,
-        mock.patch.object(os, "cpu_count", return_value=2),
-        mock.patch.object(torch, "set_num_threads") as threads,
+        mock.patch.object(torch, "set_num_threads"),
     ):
         Job(run)()
         given = dict(os.environ)
     fit.assert_called_once_with(run)
-    threads.assert_called_once_with(1)
     assert (given["RANK"], given["WORLD_SIZE"], given["LOCAL_RANK"]) == ("3", "4", "1")
     assert (given["MASTER_ADDR"], given["CUDA_VISIBLE_DEVICES"]) == ("node1", "5")
     assert 1024 < int(given["MASTER_PORT"]) < 65536
+
+
+@pytest.mark.parametrize(
+    ("executor", "environment", "here", "expected"),
+    [
+        ("slurm", {"SLURM_CPUS_PER_TASK": "3"}, 8, 3),
+        ("slurm", {"SLURM_CPUS_PER_TASK": "3"}, 64, 3),  # on a larger node, with the same bits
+        ("slurm", {"SLURM_CPUS_PER_TASK": "64"}, 2, 2),  # SLURM believes in CPUs that are not there
+        ("slurm", {}, 8, 4),
+        ("local", {"SLURM_CPUS_PER_TASK": "3"}, 2, 1),  # of a job that the launcher is in
+    ],
+)
+def test_a_process_has_as_many_threads_as_cpus_were_asked_for(
+    executor: str, environment: dict[str, str], here: int, expected: int
+) -> None:
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(os, "sched_getaffinity", return_value=set(range(here))),
+        mock.patch.object(torch, "get_num_threads", return_value=6),
+    ):
+        assert job._threads(2, local=executor == "local") == expected
 
 
 # ---- jobs that come after others -------------------------------------------------------------------------------------
@@ -253,14 +273,18 @@ def test_jobs_that_can_never_be_followed_are_refused(desk: Path, says: Says, aft
 # ---- a job that goes on by itself ------------------------------------------------------------------------------------
 
 
-def batch(
-    desk: Path, srun: str, *, state: str = "RUNNING None", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Carry out the submitted batch script as SLURM would, with an srun that does this; `requeued` is scontrol's."""
+def scontrol(desk: Path, state: str = "RUNNING", *, reason: str = "None", preempted: str = "None") -> None:
+    """An scontrol that shows the job in this state, and notes what it is to queue again in `requeued`."""
+    job = f"JobId=123 JobState={state} Reason={reason} Dependency=(null) PreemptEligibleTime=2026-01-01T00:00:00"
+    shows = f"echo '{job} PreemptTime={preempted} Requeue=1'"
+    command(desk, "scontrol", f'case "$*" in *show*) {shows};; *) echo "$@" >> {desk}/requeued;; esac\n')
+
+
+def batch(desk: Path, srun: str, *, state: str = "RUNNING", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Carry out the submitted batch script as SLURM would, with an srun that does this."""
     command(desk, "srun", srun)
-    command(desk, "squeue", f"echo '{state}'\n")
-    command(desk, "scontrol", f'echo "$@" >> {desk}/requeued\n')
-    (script,) = (desk / "runs").glob("**/slurm/123*/123*_submission.sh")
+    scontrol(desk, state)
+    (script,) = (desk / "runs").glob("**/*slurm/123*/123*_submission.sh")
     environment = {"SLURM_JOB_ID": "123", "SLURM_NTASKS": "2", **environment}
     path = f"{os.environ['PATH']}:/usr/bin:/bin"
     given = {**os.environ, "PATH": path, **environment}
@@ -269,7 +293,8 @@ def batch(
 
 def leaves(desk: Path, folder: Path, **words: object) -> str:
     """A script in which process 1 leaves these last words and srun ends with 1."""
-    told = {"time": 1.0, "rank": 1, "host": "node1", "step": 7, "error": "RuntimeError: enough", "final": False}
+    told = {"time": 1.0, "rank": 1, "host": "node1", "job": "123", "step": 7, "final": False}
+    told["error"] = "RuntimeError: enough"
     (desk / "words").write_text(json.dumps({**told, "traceback": "line one\nline two\n", **words}))
     return f"mkdir -p {folder}/failures; cp {desk}/words {folder}/failures/rank-00001.json; exit 1\n"
 
@@ -295,6 +320,29 @@ def test_a_batch_script_whose_processes_end_well_asks_nothing(desk: Path, queued
     (code,) = (queued / "code").iterdir()
     assert path.split(os.pathsep)[:2] == [str(code), str(desk)]
     assert safe == "1"
+
+
+def test_threads_that_wait_sleep_where_processes_are_on_cpus_unless_the_user_says_otherwise(
+    desk: Path, queued: Path
+) -> None:
+    policy = f'echo "$OMP_WAIT_POLICY" >> {desk}/policy\n'
+    batch(desk, policy)
+    batch(desk, policy, OMP_WAIT_POLICY="ACTIVE")
+    assert (desk / "policy").read_text() == "PASSIVE\nACTIVE\n"
+
+
+def test_with_gpus_threads_wait_as_they_do(desk: Path, says: Says) -> None:
+    slurm(desk)
+    assert says("--nodes", "2")[0] == 0
+    batch(desk, f'echo "$OMP_WAIT_POLICY" >> {desk}/policy\n')
+    assert (desk / "policy").read_text() == "\n"
+
+
+def test_the_code_of_all_that_a_run_is_made_of_goes_with_it(desk: Path, says: Says) -> None:
+    slurm(desk)
+    assert says(recipe="lab_recipes:masked")[0] == 0
+    (code,) = (desk / "runs" / "tiny" / "code").iterdir()
+    assert {"lab_recipes.py", "lab_masks.py", "convmae"} <= {path.name for path in code.iterdir()}
 
 
 def test_what_a_killed_attempt_left_is_removed_before_the_next(desk: Path, queued: Path) -> None:
@@ -340,27 +388,52 @@ def test_a_final_failure_is_not_repeated(desk: Path, queued: Path) -> None:
     assert not (desk / "requeued").exists()
 
 
+def test_what_another_job_said_in_the_folder_is_not_this_one_s_failure(desk: Path, queued: Path) -> None:
+    leaves(desk, queued, job="99", rank=0, final=True)
+    other = f"mkdir -p {queued}/failures; cp {desk}/words {queued}/failures/rank-00000.json; exit 1\n"
+    done = batch(desk, other)
+    assert "process 0, 1 failed: killed, or ended without a word" in done.stdout
+    assert (desk / "requeued").exists()
+    assert [path.name for path in queued.glob("failures/*")] == ["rank-00000.json"]
+
+
+def crash(desk: Path, folder: Path) -> bool:
+    """Have a process of the job crash: whether the job is queued again."""
+    scontrol(desk)
+    (desk / "requeued").unlink(missing_ok=True)
+    with mock.patch.dict(os.environ, SLURM_JOB_ID="123"), mock.patch.object(signal, "signal"):
+        job.ended(folder, 1)
+    return (desk / "requeued").exists()
+
+
+def gets_to(folder: Path, step: int) -> None:
+    (folder / "last.pt").unlink(missing_ok=True)
+    (folder / "last.pt").symlink_to(f"checkpoints/step-{step:08d}.pt")
+
+
 def test_a_job_that_crashes_without_getting_any_further_is_given_up(
     desk: Path, queued: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(desk, "squeue", "echo 'RUNNING None'\n")
-    command(desk, "scontrol", f'echo "$@" >> {desk}/requeued\n')
-
-    def crash(times: int) -> int:
-        with mock.patch.dict(os.environ, SLURM_JOB_ID="123"), mock.patch.object(signal, "signal"):
-            for _ in range(times):
-                job.ended(queued, 1)
-        return (desk / "requeued").read_text().count("requeue 123")
-
-    assert crash(CRASHES) == CRASHES
-    (queued / "last.pt").symlink_to("checkpoints/step-00000010.pt")  # it got further: the count begins anew
-    assert crash(CRASHES) == 2 * CRASHES
-    assert crash(1) == 2 * CRASHES
+    assert all(crash(desk, queued) for _ in range(CRASHES))
+    gets_to(queued, 10)  # the count begins anew
+    assert all(crash(desk, queued) for _ in range(CRASHES))
+    assert not crash(desk, queued)
     assert f"not queued again: it has crashed {CRASHES + 1} times without a newer" in capsys.readouterr().out
 
 
+def test_a_job_that_crashes_for_ever_is_given_up_however_far_it_gets(
+    desk: Path, queued: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in range(CRASHES_IN_ALL):
+        gets_to(queued, step)
+        assert crash(desk, queued)
+    gets_to(queued, CRASHES_IN_ALL)
+    assert not crash(desk, queued)
+    assert f"not queued again: it has crashed {CRASHES_IN_ALL + 1} times. The same" in capsys.readouterr().out
+
+
 def test_processes_that_slurm_itself_ends_have_not_crashed(desk: Path, queued: Path) -> None:
-    done = batch(desk, leaves(desk, queued), state="COMPLETING None")
+    done = batch(desk, leaves(desk, queued), state="COMPLETING")
     assert (done.returncode, done.stdout) == (1, "")
     assert not (desk / "requeued").exists()
 
@@ -382,21 +455,21 @@ def test_a_job_that_is_queued_again_already_is_no_failure(desk: Path, queued: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stops_by", "state", "asks"),
+    ("stops_by", "state", "more", "asks"),
     [
-        (signal.SIGUSR2, "RUNNING None", True),
-        (signal.SIGTERM, "RUNNING None", True),
-        (signal.SIGUSR2, "COMPLETING TimeLimit", True),
-        (signal.SIGTERM, "COMPLETING None", False),
+        (signal.SIGUSR2, "RUNNING", {}, True),
+        (signal.SIGTERM, "RUNNING", {}, True),
+        (signal.SIGTERM, "COMPLETING", {"reason": "TimeLimit"}, True),
+        (signal.SIGTERM, "COMPLETING", {"preempted": "2026-01-01T00:10:00"}, True),
+        (signal.SIGTERM, "COMPLETING", {}, False),
     ],
 )
 def test_a_job_told_to_stop_saves_and_is_queued_again_unless_slurm_ends_it_itself(
-    desk: Path, stops_by: signal.Signals, state: str, asks: bool
+    desk: Path, stops_by: signal.Signals, state: str, more: dict[str, str], asks: bool
 ) -> None:
     ends = "SLURM ends job 123_4: cancelled, or queued again already"
     told = "job 123_4 is queued again: stopped and saved" if asks else ends
-    command(desk, "squeue", f"echo '{state}'\n")
-    command(desk, "scontrol", f'echo "$@" >> {desk}/requeued\n')
+    scontrol(desk, state, **more)
     code = "from lab_recipes import endless; from convmae.job import Job; Job(endless())()"
     environment = {
         "SUBMITIT_EXECUTOR": "slurm",
@@ -446,7 +519,7 @@ def test_a_sweep_is_one_array_whose_elements_have_folders_logs_and_lives_of_thei
     for line in (
         "123, of 2 runs",
         f"{desk}/runs/lr-0.0001, as 123_0",
-        f"tail -F {desk}/runs/slurm/123_*/123_*_0_log.out",
+        f"tail -F {desk}/runs/.slurm/123_*/123_*_0_log.out",
         "squeue -j 123",
         "scancel 123_0",
     ):
@@ -469,6 +542,26 @@ def test_runs_of_a_sweep_share_no_folder(desk: Path) -> None:
         sweep([first, replace(second, folder=first.folder.absolute())])
     with pytest.raises(ValueError, match="several have none"):
         sweep([])
+
+
+def test_all_runs_of_a_sweep_have_the_code_that_was_there_when_it_was_submitted(desk: Path) -> None:
+    slurm(desk)
+    with mock.patch.object(snapshot, "take", wraps=snapshot.take) as take:
+        sweep(rates(desk))
+    take.assert_called_once()
+    one, other = ([path.name for path in (run.folder / "code").iterdir()] for run in rates(desk))
+    assert one == other != []
+
+
+def test_a_sweep_without_a_folder_for_its_logs_is_refused(desk: Path) -> None:
+    slurm(desk)
+    first, second = rates(desk)
+    with pytest.raises(LaunchError, match=r"but share nothing below /\. Give them folders in one"):
+        sweep([replace(first, folder=Path("/first/run")), replace(second, folder=Path("/second/run"))])
+    (desk / "runs").touch()
+    with pytest.raises(LaunchError, match=rf"above the folders of its runs: {desk}/runs is not a folder that can be"):
+        sweep([first, second])
+    assert not (desk / "asked").exists()
 
 
 def test_nothing_of_a_sweep_is_queued_where_one_run_cannot_be(desk: Path) -> None:

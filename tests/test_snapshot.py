@@ -77,6 +77,17 @@ def test_the_same_code_is_kept_once_and_other_code_beside_it(desk: Path, tmp_pat
     assert first != second
 
 
+def test_another_run_s_copy_is_the_same_whatever_the_checkout_has_become(desk: Path, tmp_path: Path) -> None:
+    first = snapshot.take(tmp_path / "run")
+    (desk / "our_runs.py").write_text("ANSWER = 42\n")
+    for _ in range(2):
+        other = snapshot.copy(first, tmp_path / "another")
+        assert [path.name for path in (tmp_path / "another" / "code").iterdir()] == [first.name]
+    assert (other / "our_runs.py").read_text() == "import our_models\nANSWER = 41\n"
+    assert (other / "origin.json").read_text() == (first / "origin.json").read_text()
+    assert (other / "our_models" / "pictures").resolve() == desk / "our_models" / "pictures"
+
+
 def test_a_process_imports_the_copy_whatever_the_checkout_has_become(desk: Path, tmp_path: Path) -> None:
     code = snapshot.take(tmp_path / "run")
     (desk / "our_runs.py").write_text("ANSWER = 42\n")

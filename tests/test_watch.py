@@ -20,7 +20,6 @@ import pytest
 from convmae import watch
 from convmae.watch import Growing, Queue, State, Watched, main
 
-NOW = time.time()
 Show = Callable[..., str]
 
 
@@ -47,7 +46,7 @@ def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def line(step: int, *, ago: float = 0, **more: Any) -> dict[str, Any]:
     known = {"step": step, "steps": 1000, "since": step - 9, "epoch": step / 50, "samples": 8 * step, "loss": 1 / step}
     pace = {"learning_rate": 1e-3, "gradient_norm": 1.5, "samples_per_second": 16.0, "data_wait": 0.07}
-    counts = {"bad_steps": 0, "skipped": 0, "seconds": step / 2, "time": NOW - ago}
+    counts = {"bad_steps": 0, "skipped": 0, "seconds": step / 2, "time": time.time() - ago}
     return {**known, **pace, **counts, **more}
 
 
@@ -57,7 +56,7 @@ def lines(last: int, *, ago: float = 0, **more: Any) -> list[dict[str, Any]]:
 
 
 def event(name: str, *, ago: float, text: str = "") -> dict[str, Any]:
-    return {"time": NOW - ago, "step": 0, "event": name, "text": text}
+    return {"time": time.time() - ago, "step": 0, "event": name, "text": text}
 
 
 def write(path: Path, objects: Iterable[dict[str, Any]]) -> None:
@@ -66,7 +65,7 @@ def write(path: Path, objects: Iterable[dict[str, Any]]) -> None:
 
 
 def lock(folder: Path, *, ago: float, job: str | None = None, pid: int = 1, host: str = "node7") -> None:
-    write(folder / ".lock", [{"host": host, "pid": pid, "job": job, "since": NOW - ago}])
+    write(folder / ".lock", [{"host": host, "pid": pid, "job": job, "since": time.time() - ago}])
 
 
 def going(folder: Path, *, ago: float = 0, job: str | None = None) -> Path:
@@ -78,7 +77,15 @@ def going(folder: Path, *, ago: float = 0, job: str | None = None) -> Path:
 
 
 def failing(folder: Path, *, rank: int, ago: float, error: str) -> None:
-    words = {"time": NOW - ago, "rank": rank, "host": "node8", "pid": 5, "job": "42", "step": 301, "error": error}
+    words = {
+        "time": time.time() - ago,
+        "rank": rank,
+        "host": "node8",
+        "pid": 5,
+        "job": "42",
+        "step": 301,
+        "error": error,
+    }
     write(folder / "failures" / f"rank-{rank:05d}.json", [words])
 
 
@@ -274,6 +281,19 @@ def test_runs_of_a_sweep_are_a_line_each(tmp_path: Path, show: Show) -> None:
         assert re.search(r"lr=2e-4 +● running +300 +30% +0.003333 .* 5 min", rows[-1])
 
 
+def test_of_several_what_is_no_run_is_left_out_and_told(tmp_path: Path, show: Show) -> None:
+    for rate in ("1e-4", "2e-4"):
+        going(tmp_path / "sweep" / f"lr={rate}")
+    (tmp_path / "sweep" / "logs").mkdir()
+    (tmp_path / "sweep" / "notes.txt").touch()
+    *rows, last = show(*sorted((tmp_path / "sweep").iterdir()), columns=400).splitlines()
+    assert rows[0].startswith("2 runs: 2 running")
+    assert last.strip() == f"left out, as no runs: {tmp_path}/sweep/logs, {tmp_path}/sweep/notes.txt"
+    page = show(tmp_path / "sweep" / "lr=1e-4", tmp_path / "sweep" / "logs")
+    assert "step 300 of 1,000" in page
+    assert page.splitlines()[-1].startswith("left out, as no runs: ")
+
+
 def test_a_long_file_is_read_in_part_and_then_only_what_is_new(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     text = "".join(json.dumps(line(step)) + "\n" for step in range(1, 10_001))
@@ -324,6 +344,7 @@ def test_what_is_no_run_is_refused_with_what_was_expected(
     tmp_path: Path, show: Show, capsys: pytest.CaptureFixture[str]
 ) -> None:
     going(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / ".slurm" / "123_0").mkdir(parents=True)  # a sweep's logs
     with pytest.raises(SystemExit) as ended:
         show(tmp_path / "runs", tmp_path / "none")
     assert ended.value.code == 2
