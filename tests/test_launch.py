@@ -360,6 +360,24 @@ def test_a_second_ctrl_c_stops_at_once(desk: Path) -> None:
     assert not processes_of(desk)
 
 
+@pytest.mark.slow
+def test_with_its_launcher_killed_a_run_saves_and_ends(desk: Path) -> None:
+    arguments = ["--recipe", "lab_recipes:tiny", "--epochs", "100000", "--cluster", "local", "--tasks-per-node", "2"]
+    process = subprocess.Popen(launcher(*arguments), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.kill()
+    process.wait(timeout=60)
+    until = time.monotonic() + 60
+    while processes_of(desk):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    events = (desk / "runs" / "tiny" / "events.jsonl").read_text()
+    assert '"stopping"' in events
+
+
 def processes_of(desk: Path, part: str = "") -> list[int]:
     """The processes whose command line has this folder in it."""
     found = []
