@@ -56,6 +56,18 @@ def start(run: Pretrain) -> int:
         os._exit(1)
 
 
+def newest(run: Pretrain) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(path.stem[5:]) for path in run.folder.glob("checkpoints/step-*.pt")), default=-1)
+
+
+def moved_on(run: Pretrain, pid: int, steps: int) -> None:
+    """Wait until it is so many steps further, or has ended."""
+    goal = newest(run) + steps
+    while newest(run) < goal and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.01)
+
+
 def writing(run: Pretrain, pid: int) -> bool:
     """Wait until a checkpoint is being written; false where the process ended before."""
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -125,14 +137,19 @@ def main() -> None:
     in_writing = orphans = 0
     while len(reached) < given.kills:
         pid = start(run)
-        time.sleep(chance.uniform(0, 0.3 * length))
-        if len(reached) % 3 == 0:
-            in_writing += writing(run, pid)
+        if len(reached) % 3 == 2:  # at its start, or wherever it has come to
+            time.sleep(chance.uniform(0, 2))
+        else:
+            moved_on(run, pid, chance.randint(0, 6))
+            if len(reached) % 3 == 0:
+                in_writing += writing(run, pid)
+            else:
+                time.sleep(chance.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         time.sleep(0.2)
         orphans += len(alive(family))
-        reached.append(max((int(path.stem[5:]) for path in run.folder.glob("checkpoints/step-*.pt")), default=-1))
+        reached.append(newest(run))
     lives = 0
     while os.waitstatus_to_exitcode(os.waitpid(start(run), 0)[1]) != 0:
         lives += 1
