@@ -61,8 +61,8 @@ class Pretrain:
         workers: loader processes of each training process.
         device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
-        recompute: keep less for the backward pass and compute it again: less memory, about a third more time.
-        compile: torch.compile for the blocks.
+        recompute: keep less for the backward pass and compute it again: less memory, more time.
+        compile: torch.compile for the attention blocks.
         checkpoint_minutes: time between checkpoints; 0: after every step.
         checkpoint_steps: steps between checkpoints, beside the time; None: by time alone.
         keep_last: how many of the newest checkpoints are kept.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 from unittest import mock
 
 import pytest
@@ -342,12 +343,7 @@ def test_ctrl_c_finishes_the_step_and_saves(desk: Path, flags: list[str]) -> Non
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(desk: Path) -> None:
-    arguments = ["--recipe", "lab_recipes:tiny", "--epochs", "100000", "--cluster", "local", "--tasks-per-node", "2"]
-    process = subprocess.Popen(launcher(*arguments), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("logs"):
-            break
+    process, said = endless_run("logs")
     while not (tasks := processes_of(desk, "submitit.core._submit")):
         time.sleep(0.1)
     for task in tasks:
@@ -355,19 +351,14 @@ def test_a_second_ctrl_c_stops_at_once(desk: Path) -> None:
     for _ in range(2):
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-    process.stdout.read()
+    said.read()
     assert process.wait(timeout=60) == 130
     assert not processes_of(desk)
 
 
 @pytest.mark.slow
 def test_with_its_launcher_killed_a_run_saves_and_ends(desk: Path) -> None:
-    arguments = ["--recipe", "lab_recipes:tiny", "--epochs", "100000", "--cluster", "local", "--tasks-per-node", "2"]
-    process = subprocess.Popen(launcher(*arguments), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
+    process, _ = endless_run("step")
     process.kill()
     process.wait(timeout=60)
     until = time.monotonic() + 60
@@ -376,6 +367,16 @@ def test_with_its_launcher_killed_a_run_saves_and_ends(desk: Path) -> None:
         time.sleep(0.2)
     events = (desk / "runs" / "tiny" / "events.jsonl").read_text()
     assert '"stopping"' in events
+
+
+def endless_run(until: str) -> tuple[subprocess.Popen[str], IO[str]]:
+    """Two processes that train for long, and what their launcher says after a line that begins like this."""
+    arguments = ["--recipe", "lab_recipes:tiny", "--epochs", "100000", "--cluster", "local", "--tasks-per-node", "2"]
+    process = subprocess.Popen(launcher(*arguments), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(until):
+        assert process.poll() is None
+    return process, process.stdout
 
 
 def processes_of(desk: Path, part: str = "") -> list[int]:

@@ -161,7 +161,6 @@ def test_after_an_error_nothing_waits_for_loader_processes(small_disk: Path) -> 
     assert time.monotonic() - began < 90
     assert codes == [1]
     assert "No space left on device" in said[0]
-    fill(small_disk / "ballast")
 
 
 def test_a_full_disk_is_an_error_that_keeps_the_checkpoints_and_the_run_goes_on_later(small_disk: Path) -> None:
@@ -395,9 +394,12 @@ def test_a_lock_that_outlived_this_jobs_last_attempt_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with occupied(tmp_path), occupied(tmp_path, patience=0):
-        assert "still locked by this job's last attempt" in caplog.text
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with occupied(tmp_path):
+        with occupied(tmp_path, patience=0):
+            assert "still locked by this job's last attempt" in caplog.text
+        monkeypatch.setenv("SLURM_JOB_ID", "78")
+        with pytest.raises(ValueError, match="SLURM job 77, trains there"), occupied(tmp_path, patience=0):
+            pass
 
 
 def test_a_disk_that_fails_in_reading_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
