@@ -75,14 +75,14 @@ class DenseMasked(nn.Module):
         super().__init__()
         self.model = model
 
-    def encode(self, x: Tensor, mask: Tensor, shown: Shown) -> Tensor:
-        """`x (B, C, *size)`, mask `(B, *grid)` `-> (B, V, D)`, the latent of the shown tokens."""
+    def encode(self, x: Tensor, shown: Shown) -> Tensor:
+        """`x (B, C, *size) -> (B, V, D)`, the latent of the shown tokens."""
         *convolutions, attention = self.model.trunk.stages
         fused = []
         for number, stage in enumerate(convolutions):
             assert isinstance(stage, ConvolutionStage)
             x = F.gelu(over_channels(stage.norm, convolve(x, stage.embedding))).contiguous()
-            visible = enlarge(~mask, x.shape[2:]).unsqueeze(1).to(x.dtype)
+            visible = enlarge(~shown.hidden, x.shape[2:]).unsqueeze(1).to(x.dtype)
             for block in stage.blocks:
                 x = run_block(block, x, visible)
             if len(self.model.fusion):
@@ -101,18 +101,17 @@ class DenseMasked(nn.Module):
             tokens = block(tokens)
         return tokens
 
-    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """`x (B, C, *size)`, mask `(B, *grid)`, True = hidden; as `MaskedAutoencoder.forward`."""
-        shown = self.model.trunk.shown(mask, device=x.device)
-        mask = mask.to(x.device, non_blocking=True)
-        prediction = self.model.decoder(self.encode(x, mask, shown), shown)
-        return {"loss": self.model.loss(x, prediction, mask), "prediction": prediction, "mask": mask}
+    def forward(self, x: Tensor, mask: Tensor | Shown) -> dict[str, Tensor]:
+        """`x (B, C, *size)`, mask `(B, *grid)`, True = hidden, or what it shows; as `MaskedAutoencoder.forward`."""
+        shown = self.model.trunk.shown(mask, device=x.device) if isinstance(mask, Tensor) else mask.to(x.device)
+        prediction = self.model.decoder(self.encode(x, shown), shown)
+        return {"loss": self.model.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
 
 
 @torch.no_grad()
 def disagreement(dense: DenseMasked, x: Tensor, mask: Tensor) -> tuple[float, float]:
     """How far the two forms are apart: the latent's largest difference over its largest value; the loss's, relative."""
     model, shown = dense.model, dense.model.trunk.shown(mask, device=x.device)
-    ours, theirs = model.encode(x, shown)[0], dense.encode(x, mask.to(x.device), shown)
+    ours, theirs = model.encode(x, shown)[0], dense.encode(x, shown)
     losses = model(x, mask=mask)["loss"].item(), dense(x, mask)["loss"].item()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item(), abs(losses[0] / losses[1] - 1)

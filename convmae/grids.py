@@ -60,138 +60,114 @@ def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tens
     return x
 
 
-class Neighbours(NamedTuple):
-    """Where the cells under a kernel lie, in rows of the shown cells `(B·V·tile, C)`.
-
-    Two axes at a time are convolved tile by tile; this says what else there is.
-
-    same_place: for every tap of the leading axes, row-major, `(taps, rows)`: the cell at the same place in the plane,
-        so many steps away; the row past the last where it is hidden or outside.
-    rows, sources, taps: every pair of a row and a neighbour of it that is shown, under a tap, in another tile of its
-        plane; taps count over the kernel, row-major, and ascend.
-    """
-
-    same_place: Tensor
-    rows: Tensor
-    sources: Tensor
-    taps: Tensor
-
-
-class Shown:
+class Shown(NamedTuple):
     """The shown tokens of a batch, and the tiles that they cover in finer maps.
 
     A map of any stage is kept as tiles: `(B, V, *tile, C)`, V shown tokens, each with its tile of cells. Where
     nothing is masked the whole map is one tile, `(B, 1, *cells, C)`, so that dense is not a second code path.
 
-    Args:
-        grid: the token grid of the last stage.
-        mask: boolean `(B, *grid)`, True = hidden, with equally many hidden tokens in every sample; None shows all.
-
-    Raises:
-        ValueError: the mask is not boolean, is not on the grid, or hides unequal counts.
+    grid: the token grid of the last stage.
+    index: the shown tokens, row-major and ascending, `(R, V)`; None: all of them. R is B, or a multiple of it: then
+        every sample is seen under several masks, one after the other.
+    decoded: the hidden tokens that the decoder predicts, `(R, N)`; None: it predicts every token.
     """
 
-    def __init__(self, grid: Sequence[int], mask: Tensor | None = None, *, device: torch.device | None = None):
-        self.grid = tuple(grid)
-        self.index: Tensor | None = None
-        self._neighbours: dict[tuple[Grid, Grid], Neighbours] = {}
-        if mask is not None:
-            self.index = shown_tokens(mask, self.grid).to(device or mask.device, non_blocking=True)
+    grid: Grid
+    index: Tensor | None = None
+    decoded: Tensor | None = None
 
     @property
     def count(self) -> int:
         """V, the shown tokens of a sample."""
         return math.prod(self.grid) if self.index is None else self.index.shape[1]
 
+    @property
+    def hidden(self) -> Tensor:
+        """The mask `(R, *grid)`, boolean, True = hidden."""
+        assert self.index is not None
+        everything = torch.ones(len(self.index), math.prod(self.grid), dtype=torch.bool, device=self.index.device)
+        return everything.scatter(1, self.index, False).view(-1, *self.grid)
+
+    def to(self, device: torch.device) -> Shown:
+        """The same on another device; on the way to a GPU nothing waits."""
+
+        def moved(index: Tensor | None) -> Tensor | None:
+            if index is None or index.device == device:
+                return index
+            pinned = index.pin_memory() if index.device.type == "cpu" and device.type == "cuda" else index
+            return pinned.to(device, non_blocking=True)
+
+        return Shown(self.grid, moved(self.index), moved(self.decoded))
+
     def take(self, volume: Tensor) -> Tensor:
-        """The shown tokens' tiles of a map: `(B or 1, *cells, C) -> (B, V, *tile, C)`.
+        """The shown tokens' tiles of a map: `(B or 1, *cells, C) -> (R, V, *tile, C)`.
 
         Reads nothing of the hidden ones, so neither their values nor their gradients exist for what follows.
-        Raises ValueError for a map of another batch size.
+        Raises ValueError for a map of a batch size that does not divide R.
         """
         if self.index is None:
             return volume.unsqueeze(1)
-        if volume.shape[0] not in (1, len(self.index)):
-            raise ValueError(f"the mask is for {len(self.index)} samples, the input has {volume.shape[0]}")
-        tile = quotient(volume.shape[1:-1], self.grid)
-        batch = torch.arange(len(self.index), device=volume.device) % volume.shape[0]
-        return cut(volume, tile)[batch[:, None], *self._coordinates()]
+        rows = len(self.index)
+        times = rows // max(1, len(volume))
+        if times * len(volume) != rows:
+            raise ValueError(f"the mask is for {rows} samples, the input has {len(volume)}")
+        tiles = cut(volume, quotient(volume.shape[1:-1], self.grid))
+        sample = torch.arange(rows, device=volume.device) // max(1, times)
+        return tiles[sample[:, None], *_coordinates(self.index, self.grid)]
 
-    def neighbours(self, tile: Grid, kernel: Grid) -> Neighbours | None:
-        """Where the cells under a kernel lie, for every shown cell; None where nothing is masked. Kept for reuse."""
+    def around(self, reach: Sequence[int]) -> Tensor | None:
+        """For every shown tile the tiles around it, so many along each axis: `(R·V, product of 2·reach + 1)`, int32.
+
+        Rows of the shown tiles, row-major over the steps; -1 where the tile is hidden or beyond the border. None where
+        nothing is masked. Its shape follows from shapes alone, so a GPU need not be waited for.
+        """
         if self.index is None:
             return None
-        if (tile, kernel) not in self._neighbours:
-            self._neighbours[tile, kernel] = self._find_neighbours(self.index, tile, kernel)
-        return self._neighbours[tile, kernel]
-
-    def _coordinates(self) -> tuple[Tensor, ...]:
-        assert self.index is not None
-        return torch.unravel_index(self.index, self.grid)
-
-    def _find_neighbours(self, index: Tensor, tile: Grid, kernel: Grid) -> Neighbours:
-        axes, (samples, shown), device = len(tile), index.shape, index.device
-        # rank (B, *grid + margins): the position of a token among the shown ones, -1 = hidden or outside
-        reach = [-(-(k // 2) // t) for k, t in zip(kernel, tile, strict=True)]
-        at = [c.flatten() + r for c, r in zip(self._coordinates(), reach, strict=True)]
-        batch = torch.arange(samples, device=device).repeat_interleave(shown)
-        rank = index.new_full((samples, *(g + 2 * r for g, r in zip(self.grid, reach, strict=True))), -1)
-        rank[batch, *at] = torch.arange(samples * shown, device=device)
-        # the tiles around every shown one (B·V, all of 2·reach + 1)
-        around = torch.cartesian_prod(*(torch.arange(-r, r + 1, device=device) for r in reach)).view(-1, axes)
-        tiles = rank[batch[:, None], *(a[:, None] + away for a, away in zip(at, around.unbind(1), strict=True))]
-        # for every tap and cell of a tile: which of these tiles it falls in, and where in it
-        which, place, in_plane = _under_kernel(tile, kernel, reach, device)
-        cells = math.prod(tile)
-        absent = samples * shown * cells
-        owner = tiles.index_select(1, which.flatten()).view(samples * shown, *which.shape)  # (B·V, taps, cells)
-        source = torch.where(owner >= 0, owner * cells + place, absent).transpose(0, 1).reshape(*kernel, absent)
-        same_plane = in_plane.repeat(1, samples * shown).view(source.shape)
-        beyond = (source < absent) & ~same_plane
-        tap, row = beyond.flatten(0, -2).nonzero(as_tuple=True)
-        return Neighbours(
-            same_place=source[..., kernel[-2] // 2, kernel[-1] // 2, :].reshape(-1, absent),
-            rows=row,
-            sources=source[beyond],
-            taps=tap,
-        )
+        rows, shown = self.index.shape
+        device = self.index.device
+        # the position of every token among the shown ones, on the grid with a margin as wide as the reach
+        sides = [side + 2 * r for side, r in zip(self.grid, reach, strict=True)]
+        at = torch.zeros_like(self.index)
+        steps = torch.zeros(1, dtype=torch.long, device=device)
+        for coordinate, side, r in zip(_coordinates(self.index, self.grid), sides, reach, strict=True):
+            at = at * side + coordinate + r
+            steps = (steps[:, None] * side + torch.arange(-r, r + 1, device=device)).flatten()
+        number = torch.arange(rows * shown, device=device, dtype=torch.int32).view(rows, shown)
+        rank = torch.full((rows, math.prod(sides)), -1, device=device, dtype=torch.int32).scatter(1, at, number)
+        return rank.gather(1, (at[:, :, None] + steps).flatten(1)).view(rows * shown, -1)
 
 
-def _under_kernel(
-    tile: Grid, kernel: Grid, reach: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For every tap of a kernel and cell of a tile, `(taps, cells)`: the tile it falls in, of the 2·reach + 1 around an
-    axis; the cell of that tile; and whether that tile is beside this one along no more than the leading axes."""
-    axes, zero = len(tile), torch.zeros((), dtype=torch.long, device=device)
-    which, place, in_plane = zero, zero, torch.tensor(True, device=device)
-    for axis, (k, t, r) in enumerate(zip(kernel, tile, reach, strict=True)):
-        steps = torch.arange(k, device=device)[:, None] + torch.arange(t, device=device) - k // 2
-        steps = steps.view(*(k if a == axis else 1 for a in range(axes)), *(t if a == axis else 1 for a in range(axes)))
-        away = steps.div(t, rounding_mode="floor")
-        which, place = which * (2 * r + 1) + away + r, place * t + steps % t
-        if axis >= axes - 2:
-            in_plane = in_plane & (away == 0)
-    taps, cells = math.prod(kernel), math.prod(tile)
-    whole = (*kernel, *tile)
-    return (
-        which.reshape(taps, cells),
-        place.reshape(taps, cells),
-        in_plane.expand(whole).reshape(taps, cells),
-    )
+def show(mask: Tensor, grid: Sequence[int]) -> Shown:
+    """What a mask shows: `mask (R, *grid)`, boolean, True = hidden, or uint8.
 
-
-def shown_tokens(mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """The row-major indices of the shown tokens, ascending: `mask (B, *grid) -> (B, V)`.
+    In uint8, 0 is shown, 1 is hidden and to be predicted, 2 is hidden and left out by the decoder. Worked out where the
+    mask is: on the CPU, then, if a GPU is not to be waited for.
 
     Raises:
-        ValueError: the mask is not boolean, is not on the grid, or hides unequal counts.
+        ValueError: the mask is neither, is not on the grid, or counts differ between samples.
     """
-    if mask.dtype != torch.bool or mask.ndim != 1 + len(grid) or tuple(mask.shape[1:]) != tuple(grid):
+    if mask.dtype not in (torch.bool, torch.uint8) or mask.ndim != 1 + len(grid) or tuple(mask.shape[1:]) != tuple(grid):
         raise ValueError(
             f"mask must be boolean of shape (B, {', '.join(map(str, grid))}), True = hidden; "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    counts = (~mask).flatten(1).sum(1)
+    decoded = _equally_many(mask == 1, "have equally many tokens to predict") if mask.dtype == torch.uint8 else None
+    return Shown(tuple(grid), _equally_many(mask == 0, "show equally many tokens"), decoded)
+
+
+@torch.compiler.disable
+def _equally_many(chosen: Tensor, what: str) -> Tensor:
+    """The row-major indices of the chosen tokens, ascending: `(R, *grid) -> (R, n)`."""
+    counts = chosen.flatten(1).sum(1)
     if len(counts) and not bool((counts == counts[0]).all()):
-        raise ValueError(f"every sample must show equally many tokens; this mask shows {counts.tolist()}")
-    return (~mask).flatten(1).nonzero()[:, 1].view(mask.shape[0], -1)
+        raise ValueError(f"every sample must {what}; in this mask they have {counts.tolist()}")
+    return chosen.flatten(1).nonzero()[:, 1].view(len(chosen), -1)
+
+
+def _coordinates(index: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """Row-major indices as coordinates, one tensor an axis."""
+    found: list[Tensor] = []
+    for side in reversed(grid):
+        found.insert(0, index % side)
+        index = index // side
+    return tuple(found)

@@ -7,6 +7,7 @@ ImageNet-normalised; and gives the values to predict `(B, L, values)`, flattened
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +34,12 @@ def unit_range(x: Tensor, *, axis: int) -> Tensor:
 def _statistics(x: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
     shape = [1] * x.ndim
     shape[axis] = 3
-    return x.new_tensor(IMAGENET_MEAN).view(shape), x.new_tensor(IMAGENET_STD).view(shape)
+    return _numbers(IMAGENET_MEAN, x).view(shape), _numbers(IMAGENET_STD, x).view(shape)
+
+
+def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """A vector made on the device: a copy from the host would wait for a GPU."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 class Target(Protocol):
@@ -119,11 +125,11 @@ class NormalizedPixels:
         """
         over = (2,) if self.per_channel else (2, 3)
         mean = patches.mean(over, keepdim=True)
-        count = math.prod(patches.shape[axis] for axis in over)
+        count = math.prod([patches.shape[axis] for axis in over])
         centred = patches - mean
         variance = centred.square().sum(over, keepdim=True) / (count - 1)
         if self.per_channel:
-            return mean, centred, variance.sqrt() + 1e-6 / patches.new_tensor(IMAGENET_STD)
+            return mean, centred, variance.sqrt() + 1e-6 / _numbers(IMAGENET_STD, patches)
         return mean, centred, (variance + 1e-6).sqrt()
 
 

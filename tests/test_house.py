@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a module imports those on floors below its own, and a new file chooses its floor here.
 FLOORS: list[set[str]] = [
     {"convmae.files", "convmae.grids", "convmae.plain", "convmae.watchdog"},
-    {"convmae.masking", "convmae.targets", "convmae.nn.positions", "convmae.nn.tile_convolution"},
+    {"convmae.masking", "convmae.nn.positions", "convmae.nn.tile_kernels", "convmae.nn.tile_planes", "convmae.targets"},
+    {"convmae.nn.tile_convolution"},
     {"convmae.nn.layers"},
     {"convmae.nn.trunk"},
     {"convmae.nn.classifier", "convmae.nn.masked_autoencoder"},
@@ -38,6 +39,7 @@ FLOORS: list[set[str]] = [
     {"convmae.job", "convmae.place", "convmae.recipes", "convmae.watch"},
     {"convmae.slurm"},
     {"convmae.launch"},
+    {"convmae.micro_batch"},
 ]
 
 LATE = {("convmae.training", "convmae.journal")}

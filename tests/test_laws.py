@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmae import MAE, AttentionStage, ConvMAE, ConvStage, masking
-from convmae.grids import Shown
+from convmae.grids import Shown, show
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
-from convmae.nn.tile_convolution import tile_convolution
+from convmae.nn.tile_convolution import reach, tile_convolution
 from video import VideoConvMAE
 
 # --- tiny builders ----------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_the_loss_is_over_hidden_patches_alone(builder: ConvMAE) -> None:
     model = build(builder)
     x, mask = sample(model)
     prediction = model(x, mask=mask)["prediction"].detach().requires_grad_()
-    torch.autograd.backward(model.loss(x, prediction, mask))
+    torch.autograd.backward(model.loss(x, prediction, model.trunk.shown(mask, device=x.device)))
     assert prediction.grad is not None
     assert prediction.grad[~mask.flatten(1)].eq(0).all()
     assert prediction.grad[mask.flatten(1)].ne(0).all()
@@ -482,23 +482,23 @@ def test_the_gradients_of_the_tile_convolution_are_right(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     mask = masking.random(0.5)(2, grid, generator)
-    shown = Shown(grid, mask)
+    shown = show(mask, grid)
     assert shown.index is not None
     x = torch.randn(*shown.index.shape, *tile, 2, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(2, 1, *kernel, dtype=torch.float64, generator=generator).requires_grad_()
-    table = shown.neighbours(tile, kernel)
-    assert torch.autograd.gradcheck(lambda x, w: tile_convolution(x, w, table), (x, weight))
+    bias = torch.randn(2, dtype=torch.float64, generator=generator).requires_grad_()
+    around = shown.around(reach(tile, kernel))
+    assert torch.autograd.gradcheck(lambda x, w, b: tile_convolution(x, w, b, around), (x, weight, bias))
 
 
 def test_the_tile_convolution_gives_only_the_gradients_asked_for() -> None:
     mask = masking.random(0.5)(2, (3, 2), torch.Generator().manual_seed(0))
-    shown = Shown((3, 2), mask)
-    table = shown.neighbours((2, 2), (3, 3))
+    around = show(mask, (3, 2)).around((1, 1))
     x, weight = torch.randn(2, 3, 2, 2, 4), torch.randn(4, 1, 3, 3)
     for wanted, other in ((x, weight), (weight, x)):
         wanted.requires_grad_()
         other.requires_grad_(False)
-        torch.autograd.backward(tile_convolution(x, weight, table).sum())
+        torch.autograd.backward(tile_convolution(x, weight, None, around).sum())
         assert wanted.grad is not None
         assert other.grad is None
         wanted.grad = None
@@ -506,21 +506,21 @@ def test_the_tile_convolution_gives_only_the_gradients_asked_for() -> None:
 
 def test_a_second_derivative_of_the_tile_convolution_is_refused_rather_than_wrong() -> None:
     mask = masking.random(0.5)(1, (3, 2), torch.Generator().manual_seed(0))
-    table = Shown((3, 2), mask).neighbours((2, 2), (3, 3))
+    around = show(mask, (3, 2)).around((1, 1))
     x = torch.randn(1, 3, 2, 2, 4, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
-    (slope,) = torch.autograd.grad(tile_convolution(x, weight, table).square().sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(tile_convolution(x, weight, None, around).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.backward(slope.sum())
 
 
 def test_the_input_of_the_tile_convolution_stays_as_it_was() -> None:
     mask = masking.random(0.5)(2, (3, 2), torch.Generator().manual_seed(0))
-    table = Shown((3, 2), mask).neighbours((2, 2), (3, 3))
+    around = show(mask, (3, 2)).around((1, 1))
     x, weight = torch.randn(2, 3, 2, 2, 4), torch.randn(4, 1, 3, 3)
     copies = x.clone(), weight.clone()
-    first = tile_convolution(x, weight, table)
-    assert tile_convolution(x, weight, table).equal(first)
+    first = tile_convolution(x, weight, None, around)
+    assert tile_convolution(x, weight, None, around).equal(first)
     assert x.equal(copies[0])
     assert weight.equal(copies[1])
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..grids import Shown, cut
+from ..grids import cut
 from .tile_convolution import tile_convolution
 
 CONVOLUTION_EPS = 1e-5  # LayerNorm of embeddings and convolution blocks in the authors' code
@@ -61,10 +61,9 @@ class TileConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
         _reset_as_convolution(self.weight, self.bias)
 
-    def forward(self, x: Tensor, shown: Shown) -> Tensor:
-        """`x (B, V, *tile, C) -> (B, V, *tile, C)`; hidden cells count as zeros."""
-        table = shown.neighbours(tuple(x.shape[2:-1]), self.kernel)
-        return tile_convolution(x, self.weight.to(x.dtype), table) + self.bias.to(x.dtype)
+    def forward(self, x: Tensor, around: Tensor | None) -> Tensor:
+        """`x (R, V, *tile, C) -> (R, V, *tile, C)`; hidden cells count as zeros. around: see `tile_convolution`."""
+        return tile_convolution(x, self.weight, self.bias, around)
 
     def extra_repr(self) -> str:
         """Width and kernel."""
@@ -110,9 +109,9 @@ class ConvolutionBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), Pointwise)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shown: Shown) -> Tensor:
-        """`x (B, V, *tile, C) -> (B, V, *tile, C)`."""
-        x = x + self.drop_path(self.out(self.depthwise(self.into(self.norm1(x)), shown)))
+    def forward(self, x: Tensor, around: Tensor | None) -> Tensor:
+        """`x (R, V, *tile, C) -> (R, V, *tile, C)`; around: see `tile_convolution`."""
+        x = x + self.drop_path(self.out(self.depthwise(self.into(self.norm1(x)), around)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 

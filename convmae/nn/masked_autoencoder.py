@@ -30,21 +30,28 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, values)
 
     def forward(self, latent: Tensor, shown: Shown, class_token: Tensor | None = None) -> Tensor:
-        """`latent (B, V, D)`, class_token `(B, 1, D)` or None `-> (B, L, values)`: a prediction for every token."""
-        table = self.positions.flatten(0, -2)
+        """`latent (R, V, D)`, class_token `(R, 1, D)` or None `-> (R, N, values)`.
+
+        A prediction for each of `shown.decoded`, which alone get mask tokens then, or for every token of the grid.
+        """
+        positions = self.positions.flatten(0, -2)
         tokens = self.embedding(latent)
-        if shown.index is not None:
+        blank = self.mask_token.to(tokens.dtype)
+        if shown.decoded is not None:
+            assert shown.index is not None
+            blanks = blank.expand(len(tokens), shown.decoded.shape[1], -1)
+            tokens = torch.cat([tokens, blanks], dim=1) + positions[torch.cat([shown.index, shown.decoded], dim=1)]
+        elif shown.index is not None:
             places = shown.index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-            base = self.mask_token.to(tokens.dtype).expand(len(tokens), len(table), -1)
-            tokens = base.scatter(1, places, tokens)
-        tokens = tokens + table
+            tokens = blank.expand(len(tokens), len(positions), -1).scatter(1, places, tokens) + positions
+        else:
+            tokens = tokens + positions
         if class_token is not None:
             tokens = torch.cat([self.embedding(class_token), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        if class_token is not None:
-            tokens = tokens[:, 1:]
-        out: Tensor = self.head(self.norm(tokens))
+        predicted = len(positions) if shown.decoded is None else shown.decoded.shape[1]
+        out: Tensor = self.head(self.norm(tokens[:, -predicted:]))
         return out
 
 
@@ -82,41 +89,52 @@ class MaskedAutoencoder(nn.Module):
             latent = latent + convolution(finer)
         return self.norm(latent.flatten(1, -2)), None if class_token is None else self.norm(class_token)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | Shown | None = None) -> dict[str, Tensor]:
         """Hide, encode, decode, compare.
 
         Args:
             x: `(B, C, *size)`, ImageNet-normalised floats.
-            mask: boolean `(B, *grid)`, True = hidden; drawn by the model's masking when not given.
+            mask: boolean `(R, *grid)`, True = hidden, or uint8 as `grids.show` takes it; R is B, or a multiple of it:
+                then every sample is seen under several masks. Or `Trunk.shown(mask)`, worked out before: then nothing
+                here waits for a GPU, and torch.compile sees one graph. Drawn by the model's masking when not given.
 
         Returns:
-            `loss`: scalar, float32: squared error, mean over a patch's values, mean over hidden patches;
-            `prediction`: `(B, L, values)`; `mask`: `(B, *grid)`, on the device of x.
+            `loss`: scalar, float32: squared error, mean over a patch's values, mean over the hidden patches that are
+            predicted; `prediction`: `(R, L, values)`, or `(R, N, values)` where the mask says which N to predict;
+            `mask`: boolean `(R, *grid)`, on the device of x.
 
         Raises:
             ValueError: x or the mask has another shape than the model's, or the mask's counts differ by sample.
         """
         if mask is None:
             mask = self.draw_masks(len(x))
-        if len(mask) != len(x):
+        if isinstance(mask, Tensor) and (len(mask) % len(x) if len(x) else len(mask)):
             raise ValueError(f"mask is for {len(mask)} samples, the input has {len(x)}")
-        shown = self.trunk.shown(mask, device=x.device)
+        shown = self.trunk.shown(mask, device=x.device) if isinstance(mask, Tensor) else mask.to(x.device)
         if not 0 < shown.count < self.trunk.length:
             raise ValueError(
                 f"the mask shows {shown.count} of {self.trunk.length} tokens: some must be shown, some hidden"
             )
         latent, class_token = self.encode(x, shown)
         prediction = self.decoder(latent, shown, class_token)
-        mask = mask.to(x.device, non_blocking=True)
-        return {"loss": self.loss(x, prediction, mask), "prediction": prediction, "mask": mask}
+        return {"loss": self.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
 
-    def loss(self, x: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """The mean over hidden patches of the mean squared error in a patch, in float32 or better: scalar."""
+    def loss(self, x: Tensor, prediction: Tensor, shown: Shown) -> Tensor:
+        """The mean over hidden patches of the mean squared error in a patch, in float32 or better: scalar.
+
+        `x (B, C, *size)`, prediction `(R, L, values)`, or `(R, N, values)` of `shown.decoded`.
+        """
         precision = torch.promote_types(x.dtype, torch.float32)
         target = self.target(patches(x.to(precision), self.trunk.stride))
+        if len(prediction) != len(target):
+            target = target.repeat_interleave(len(prediction) // len(target), dim=0)
+        if shown.decoded is not None:
+            target = target.gather(1, shown.decoded.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         assert target.shape == prediction.shape, (target.shape, prediction.shape)
         error = F.mse_loss(prediction.to(precision), target, reduction="none").mean(-1)
-        hidden = mask.flatten(1)
+        if shown.decoded is not None:
+            return error.mean()
+        hidden = shown.hidden.flatten(1)
         return torch.where(hidden, error, 0).sum() / hidden.sum()
 
     @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..grids import Grid, Shown, product
+from ..grids import Grid, Shown, product, show
 from .layers import CONVOLUTION_EPS, AttentionBlock, ConvolutionBlock, PatchConvolution
 from .positions import sincos
+from .tile_convolution import reach
 
 
 class Features(NamedTuple):
@@ -40,6 +41,7 @@ class ConvolutionStage(nn.Module):
         drop_path: Sequence[float],
     ) -> None:
         super().__init__()
+        self.kernel = tuple(kernel)
         self.embedding = PatchConvolution(channels, dim, stride)
         self.norm = nn.LayerNorm(dim, eps=CONVOLUTION_EPS)
         self.activation = nn.GELU()
@@ -48,8 +50,9 @@ class ConvolutionStage(nn.Module):
     def forward(self, x: Tensor, shown: Shown) -> Tensor:
         """`x (B, V, *(tile·stride), C) -> (B, V, *tile, D)`."""
         x = self.activation(self.norm(self.embedding(x)))
+        around = shown.around(reach(tuple(x.shape[2:-1]), self.kernel))
         for block in self.blocks:
-            x = block(x, shown)
+            x = block(x, around)
         return x
 
 
@@ -118,8 +121,8 @@ class Trunk(nn.Module):
         return product((1,) * len(self.grid), *self.strides[stage + 1 :])
 
     def shown(self, mask: Tensor | None, *, device: torch.device) -> Shown:
-        """The shown tokens under a mask `(B, *grid)`; a mask on the CPU is worked out there, without a device wait."""
-        return Shown(self.grid, mask, device=device)
+        """The shown tokens under a mask `(R, *grid)`; a mask on the CPU is worked out there, without a device wait."""
+        return Shown(self.grid) if mask is None else show(mask, self.grid).to(device)
 
     def forward(self, x: Tensor, shown: Shown | None = None) -> Features:
         """Pixels to features.
