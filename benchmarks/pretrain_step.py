@@ -1,7 +1,8 @@
-"""What a pretraining step costs: ours, the published dense-masked form, and the plain ViT's, in one run.
+"""What a pretraining step costs: ours, the published dense-masked form, and peers', in one run.
 
     python benchmarks/pretrain_step.py                            Base, on the GPU if there is one
     python benchmarks/pretrain_step.py --device cpu --only image
+    python benchmarks/pretrain_step.py --compile --batch-sizes 8 32 64 --json step.json
     python benchmarks/pretrain_step.py --quick                    tiny models, to see that it runs
 
 See benchmarks/README.md for what is measured, and how.
@@ -9,48 +10,57 @@ See benchmarks/README.md for what is measured, and how.
 
 from __future__ import annotations
 
+import json
 import platform
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
-from dense_masked import DenseMasked, disagreement
-from measure import Step, Work, batch, count_work, peak_memory, ratio, rounds
+from measure import Result, Step, Work, be_fair, count_works, measure, peak_flops, ratio, reason, utilisation
 from rich.console import Console
 from rich.table import Table
-from sides import TRANSFORMERS, Family, Pretraining, Side, base, sides, tiny
+from sides import Family, Side, base, installed, sides, tiny
 
 import convmae
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOLERANCE = 1e-4  # of the dense-masked form in float32: it sums in another order
 PEERS: dict[Family, str] = {"video": "videomae", "image": "mae"}
+LIBRARIES = ("transformers", "timm", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a pretraining step costs: ours, the published dense-masked form, and the plain ViT's, in one run."""
+    """What a pretraining step costs: ours, the published dense-masked form, and peers', in one run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes the GPU if there is one."""
-    batch_size: int | None = None
-    """Clips of a step; a step on images has one for every two frames. Default 1 on the CPU, 16 on the GPU."""
+    batch_sizes: tuple[int, ...] = ()
+    """Clips of a step, one size or several; a step on images has one for every two frames. Default 1 on the CPU, 16 on
+    the GPU."""
     rounds: int = 5
     """Timed rounds; in each, every side runs once."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Autocast of the forward; float32 is none. Default float32 on the CPU, bfloat16 on the GPU."""
     compile: bool = False
-    """Compile every side with torch.compile."""
+    """Compile every side with torch.compile, for each batch size anew."""
+    optimiser: bool = False
+    """Time a step of fused AdamW too."""
     only: Family | None = None
     """Only the sides on clips, or on images."""
     sides: tuple[str, ...] = ()
     """Only these sides, by name: videoconvmae-k3 videoconvmae-dense-k3 videomae convmae ..."""
+    peak_tflops: float | None = None
+    """The device's peak TFLOP/s in the dtype, for the share of it that is used. Known for some GPUs in bfloat16."""
+    limit: float = 300.0
+    """Seconds that a side may take at a batch size on the GPU, compilation included, before it is given up."""
+    json: Path | None = None
+    """Write all figures here, after each that is new."""
     quick: bool = False
     """Tiny models, to see that it runs: the figures mean nothing."""
 
@@ -60,14 +70,36 @@ class Options:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        return Step(device=device, dtype=DTYPES[dtype], compiled=self.compile, threads=torch.get_num_threads())
+        return Step(
+            device=device,
+            dtype=DTYPES[dtype],
+            compiled=self.compile,
+            threads=torch.get_num_threads(),
+            optimised=self.optimiser,
+        )
+
+    def sizes(self, device: str) -> tuple[int, ...]:
+        """The batch sizes, ascending.
+
+        Raises:
+            ValueError: one is not positive.
+        """
+        if any(size < 1 for size in self.batch_sizes):
+            raise ValueError(f"--batch-sizes {' '.join(map(str, self.batch_sizes))}: they are positive")
+        return tuple(sorted(set(self.batch_sizes))) or ((1,) if device == "cpu" else (16,))
+
+    def peak(self, step: Step) -> float | None:
+        """The device's peak FLOP/s, as given or as known."""
+        if self.peak_tflops:
+            return self.peak_tflops * 1e12
+        return peak_flops(torch.cuda.get_device_name(), step.dtype) if step.device == "cuda" else None
 
     def known(self) -> list[Side]:
         """All sides there are."""
         return sides(tiny() if self.quick else base())
 
     def selected(self) -> list[Side]:
-        """The sides asked for, those of transformers included whether it is installed or not.
+        """The sides asked for, those of optional libraries included.
 
         Raises:
             ValueError: a name is unknown, or no side is left.
@@ -86,195 +118,383 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """A ratio of two sides' times, and the bound that the project sets itself for it."""
+    """A figure, and the bound that the project sets itself for it.
+
+    Args:
+        text: what it is.
+        of: a side's time or peak memory over another's, or its share of the device's peak FLOP/s.
+        side: the side.
+        over: the other side.
+        at_most: the bound, or
+        at_least: the bound.
+    """
 
     text: str
-    numerator: str
-    denominator: str
+    of: Literal["time", "memory", "utilisation"]
+    side: str
+    over: str | None = None
     at_most: float | None = None
     at_least: float | None = None
 
     def __str__(self) -> str:
-        return f"at most {self.at_most:.2f}" if self.at_least is None else f"at least {self.at_least:.2f}"
+        return (
+            f"at most {self._show(self.at_most)}" if self.at_least is None else f"at least {self._show(self.at_least)}"
+        )
+
+    def _show(self, value: float | None) -> str:
+        assert value is not None
+        return f"{value:.0%}" if self.of == "utilisation" else f"{value:.2f}"
 
     def met(self, value: float) -> bool:
-        """Whether the ratio keeps the bound."""
+        """Whether the figure keeps the bound."""
         return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
 
+    def value(self, results: Mapping[str, Result], shares: Mapping[str, float]) -> float | None:
+        """The figure, of the results and utilisations of one batch size by the side's name; None: not measured."""
+        if self.of == "utilisation":
+            return shares.get(self.side)
+        result, other = results.get(self.side), results.get(self.over or "")
+        if result is None or other is None:
+            return None
+        return ratio(result.seconds, other.seconds) if self.of == "time" else result.memory / other.memory
 
-DEMANDS = (
+    def row(self, value: float | None, *, unsuited: str) -> tuple[str, ...]:
+        """The figure's row in the closing block."""
+        if value is None:
+            return self.text, "-", str(self), "not measured"
+        verdict = f"none: {unsuited}" if unsuited else "met" if self.met(value) else "not met"
+        return self.text, self._show(value), str(self), verdict
+
+
+ON_CPU = (
     Demand(
-        text="VideoConvMAE, kernel 3 / VideoMAE",
-        numerator="videoconvmae-k3",
-        denominator="videomae",
+        text="time: VideoConvMAE, kernel 3 / VideoMAE",
+        of="time",
+        side="videoconvmae-k3",
+        over="videomae",
         at_most=1.25,
     ),
     Demand(
-        text="dense-masked, kernel 3 / VideoConvMAE, kernel 3",
-        numerator="videoconvmae-dense-k3",
-        denominator="videoconvmae-k3",
+        text="time: dense-masked, kernel 3 / VideoConvMAE, kernel 3",
+        of="time",
+        side="videoconvmae-dense-k3",
+        over="videoconvmae-k3",
         at_least=4.0,
     ),
     Demand(
-        text="dense-masked ConvMAE / ConvMAE",
-        numerator="convmae-dense",
-        denominator="convmae",
+        text="time: dense-masked ConvMAE / ConvMAE",
+        of="time",
+        side="convmae-dense",
+        over="convmae",
         at_least=1.4,
     ),
 )
 
+ON_GPU = (
+    Demand(
+        text="time: VideoConvMAE, kernel 3 / VideoMAE",
+        of="time",
+        side="videoconvmae-k3",
+        over="videomae",
+        at_most=1.1,
+    ),
+    Demand(
+        text="time: VideoConvMAE, half decoded / VideoMAE",
+        of="time",
+        side="videoconvmae-half",
+        over="videomae",
+        at_most=0.85,
+    ),
+    Demand(
+        text="time: dense-masked ConvMAE / ConvMAE",
+        of="time",
+        side="convmae-dense",
+        over="convmae",
+        at_least=2.5,
+    ),
+    Demand(
+        text="peak memory: ConvMAE / dense-masked ConvMAE",
+        of="memory",
+        side="convmae",
+        over="convmae-dense",
+        at_most=0.4,
+    ),
+    Demand(text="MFU: VideoConvMAE, kernel 3", of="utilisation", side="videoconvmae-k3", at_least=0.45),
+    Demand(text="MFU: ConvMAE", of="utilisation", side="convmae", at_least=0.45),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was measured of a side: samples of its step, seconds of each round, bytes at the peak, and its work."""
+class Report:
+    """What a run has measured so far.
 
-    side: Side
-    samples: int
-    seconds: list[float]
-    memory: int
-    work: Work
+    Args:
+        sides: in the order of the tables.
+        step: how a step was run.
+        device: the device's name.
+        peak: the device's peak FLOP/s, if known.
+        works: of the sides whose work could be counted, by name.
+        results: by side and batch size, in the order in which they came.
+        quick: whether the models are tiny.
+    """
+
+    sides: Sequence[Side]
+    step: Step
+    device: str
+    peak: float | None
+    works: Mapping[str, Work]
+    results: Sequence[Result]
+    quick: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        """The batch sizes there are results for."""
+        return sorted({result.clips for result in self.results})
+
+    def at(self, clips: int) -> list[tuple[Side, Result]]:
+        """The results of a batch size, in the order of the sides."""
+        found = {result.name: result for result in self.results if result.clips == clips}
+        return [(side, found[side.name]) for side in self.sides if side.name in found]
+
+    def measured(self, clips: int) -> dict[str, Result]:
+        """The results of a batch size that have figures, by the side's name."""
+        return {side.name: result for side, result in self.at(clips) if result.failure is None}
+
+    def utilisation(self, result: Result) -> float | None:
+        """A side's share of the device's peak; None where that or its work is not known, or it failed."""
+        work = self.works.get(result.name)
+        if result.failure is not None or work is None or self.peak is None:
+            return None
+        return utilisation(work, result.samples, result.median, self.peak)
+
+    def judged(self) -> int | None:
+        """The largest batch size that all sides took, but for those that took none; None where there is none."""
+        took = [set(self.measured(clips)) for clips in self.sizes]
+        able = set().union(*took)
+        whole = [clips for clips, names in zip(self.sizes, took, strict=True) if able and names == able]
+        return max(whole, default=None)
+
+    def demands(self) -> list[tuple[Demand, float | None]]:
+        """What the project demands of itself on this device, and what was measured."""
+        clips = self.judged()
+        results = {} if clips is None else self.measured(clips)
+        shares = {name: share for name, result in results.items() if (share := self.utilisation(result)) is not None}
+        return [(demand, demand.value(results, shares)) for demand in (ON_CPU if self.step.device == "cpu" else ON_GPU)]
+
+    def costs(self, clips: int) -> Table:
+        """Time and peak memory at a batch size; ratios to the plain ViT of the same family, where it was measured."""
+        sizes = " or ".join(f"{clips * per_clip} {unit}" for unit, per_clip in self._units().items())
+        what = "Forward, backward and AdamW" if self.step.optimised else "Forward and backward"
+        table = aligned(
+            f"{what}, {sizes} a step",
+            *("side", "median s", "min .. max s", "samples/s", "time / peer", "peak MiB", "peak / peer"),
+            *("MFU", "graph breaks"),
+        )
+        measured = self.measured(clips)
+        for side, result in self.at(clips):
+            if result.failure is not None:
+                table.add_row(side.title, result.failure.partition(":")[0], *["-"] * 7)
+                continue
+            peer, share = measured.get(PEERS[side.family]), self.utilisation(result)
+            table.add_row(
+                side.title,
+                f"{result.median:.4f}",
+                f"{min(result.seconds):.4f} .. {max(result.seconds):.4f}",
+                f"{result.samples / result.median:.2f}",
+                f"{ratio(result.seconds, peer.seconds):.2f}" if peer else "-",
+                f"{result.memory / 2**20:.0f}",
+                f"{result.memory / peer.memory:.2f}" if peer else "-",
+                "-" if share is None else f"{share:.1%}",
+                "-" if result.graph_breaks is None else str(result.graph_breaks),
+            )
+        return table
+
+    def _units(self) -> dict[str, int]:
+        return {"clips" if side.family == "video" else "images": side.per_clip for side in self.sides}
+
+    def counts(self) -> Table:
+        """Multiply-accumulates and parameters."""
+        table = aligned(
+            "One sample's forward (fvcore), and parameters", "side", "GMAC", "without decoder", "million parameters"
+        )
+        for side in self.sides:
+            if work := self.works.get(side.name):
+                numbers = work.forward / 1e9, work.encoder / 1e9, work.parameters / 1e6
+                table.add_row(side.title, *(f"{number:.2f}" for number in numbers))
+            else:
+                table.add_row(side.title, "-", "-", "-")
+        return table
+
+    def failures(self) -> Table:
+        """What could not be measured, and why."""
+        table = aligned("Not measured", "side", "clips", "why")
+        for result in self.results:
+            if result.failure is not None:
+                table.add_row(result.name, str(result.clips), result.failure)
+        return table
+
+    def unsuited(self) -> str:
+        """Why the demands cannot be judged by this run; empty: they can."""
+        if self.quick:
+            return "tiny models"
+        if self.step.device == "cuda" and self.step.dtype != torch.bfloat16:
+            return "not bfloat16"
+        if self.step.device == "cuda" and not self.step.compiled:
+            return "not compiled"
+        return "with the optimiser" if self.step.optimised else ""
+
+    def verdicts(self) -> Table:
+        """The closing block: the figures that the project demands of itself, at the largest batch that all took."""
+        where = "2 CPU cores, float32" if self.step.device == "cpu" else "one GPU, bfloat16, compiled"
+        clips = self.judged()
+        at = "" if clips is None or len(self.sizes) < 2 else f"; judged at {clips} clips"
+        table = aligned(f"To reach on {where}, Base{at}", "figure", "measured", "bound", "verdict")
+        for demand, value in self.demands():
+            table.add_row(*demand.row(value, unsuited=self.unsuited()))
+        return table
+
+    def tables(self) -> Iterator[Table]:
+        """All that is printed."""
+        for clips in self.sizes:
+            yield self.costs(clips)
+        yield self.counts()
+        if any(result.failure is not None for result in self.results):
+            yield self.failures()
+        yield self.verdicts()
+
+    def figures(self, header: Sequence[str]) -> dict[str, Any]:
+        """All figures, as plain data: seconds, bytes, multiply-accumulates."""
+        by_name = {side.name: side for side in self.sides}
+        return {
+            "header": list(header),
+            "device": self.device,
+            "dtype": str(self.step.dtype).removeprefix("torch."),
+            "compiled": self.step.compiled,
+            "optimiser": self.step.optimised,
+            "quick": self.quick,
+            "peak_flops": self.peak,
+            "work": {name: asdict(work) for name, work in self.works.items()},
+            "results": [
+                {
+                    **asdict(result),
+                    "title": by_name[result.name].title.strip(),
+                    "family": by_name[result.name].family,
+                    "median": result.median if result.seconds else None,
+                    "samples_per_second": result.samples / result.median if result.seconds else None,
+                    "utilisation": self.utilisation(result),
+                }
+                for result in self.results
+            ],
+            "judged_at": self.judged(),
+            "demands": [
+                {"text": demand.text, "bound": str(demand), "measured": value, "met": value and demand.met(value)}
+                for demand, value in self.demands()
+            ],
+            "unsuited": self.unsuited(),
+        }
 
 
-def headline(step: Step, clips: int, images: int) -> Iterator[str]:
+def device_name(step: Step) -> str:
+    """What a step runs on."""
+    if step.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {step.threads} threads"
+
+
+def headline(step: Step, peak: float | None) -> Iterator[str]:
     """What a reader needs to compare this run with another."""
+    libraries = ", ".join(f"{name} {version(name) if installed(name) else 'missing'}" for name in LIBRARIES)
     yield (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; convmae {convmae.__version__}, torch {torch.__version__}, "
-        f"transformers {version('transformers') if TRANSFORMERS else 'missing'}, Python {platform.python_version()}"
+        f"{libraries}, Python {platform.python_version()}"
     )
-    if step.device == "cuda":
-        device = torch.cuda.get_device_name()
-    else:
-        instructions = torch.backends.cpu.get_cpu_capability()
-        device = f"{platform.machine()} with {instructions}, {step.threads} threads"
     yield (
-        f"{step.device}: {device}; {str(step.dtype).removeprefix('torch.')}, "
-        f"{'compiled' if step.compiled else 'not compiled'}; {clips} clips or {images} images a step"
+        f"{step.device}: {device_name(step)}; {str(step.dtype).removeprefix('torch.')}, "
+        f"{'compiled' if step.compiled else 'not compiled'}; "
+        f"{f'MFU of {peak / 1e12:.1f} TFLOP/s' if peak else 'peak FLOP/s not known'}"
     )
-
-
-def agreement(chosen: Sequence[Side], device: str) -> Iterator[str]:
-    """Compare every dense-masked side with the model whose weights it shares, in float32 without autocast.
-
-    Raises:
-        SystemExit: they differ by more than rounding.
-    """
-    for side in chosen:
-        module = side.build()
-        if isinstance(module, Pretraining) and isinstance(module.model, DenseMasked):
-            latent, loss = disagreement(module.model.to(device), *batch(side.source, 1, device))
-            line = f"{side.name}: latent within {latent:.0e}, loss within {loss:.0e} of the sparse form"
-            if max(latent, loss) > TOLERANCE:
-                raise SystemExit(f"{line}: it must be within {TOLERANCE:.0e}")
-            yield line
-
-
-def measure(chosen: Sequence[Side], clips: int, step: Step, *, count: int, progress: Console) -> list[Measured]:
-    """Work, then peak memory, side by side; then the time of all sides, round by round."""
-    samples = [clips * side.per_clip for side in chosen]
-    work, memory = [], []
-    for side, size in zip(chosen, samples, strict=True):
-        work.append(count_work(side, step.device))
-        memory.append(peak_memory(side, size, step))
-        progress.print(f"{side.name}: {work[-1].forward / 1e9:.2f} GMAC, peak {memory[-1] / 2**20:.0f} MiB")
-    inputs = [batch(side.source, size, step.device) for side, size in zip(chosen, samples, strict=True)]
-    timed = []
-    for seconds in rounds([step.prepare(side) for side in chosen], inputs, step, count=count):
-        timed.append(seconds)
-        progress.print(f"round {len(timed)} of {count}: {sum(seconds):.1f} s")
-    return [
-        Measured(side=side, samples=size, seconds=list(seconds), memory=peak, work=counted)
-        for side, size, seconds, peak, counted in zip(
-            chosen, samples, zip(*timed, strict=True), memory, work, strict=True
-        )
-    ]
 
 
 def aligned(title: str, *columns: str) -> Table:
     """An empty table: the first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=column != "why", overflow="fold")
     return table
 
 
-def costs(results: Sequence[Measured]) -> Table:
-    """Time and peak memory; ratios to the plain ViT of the same family, where it was measured."""
-    table = aligned(
-        "Forward and backward",
-        *("side", "median s", "min .. max s", "samples/s", "time / peer", "peak MiB", "peak / peer"),
-    )
-    by_name = {result.side.name: result for result in results}
-    for result in results:
-        median = statistics.median(result.seconds)
-        peer = by_name.get(PEERS[result.side.family])
-        table.add_row(
-            result.side.title,
-            f"{median:.3f}",
-            f"{min(result.seconds):.3f} .. {max(result.seconds):.3f}",
-            f"{result.samples / median:.2f}",
-            f"{ratio(result.seconds, peer.seconds):.2f}" if peer else "-",
-            f"{result.memory / 2**20:.0f}",
-            f"{result.memory / peer.memory:.2f}" if peer else "-",
-        )
-    return table
-
-
-def works(results: Sequence[Measured]) -> Table:
-    """Multiply-accumulates and parameters."""
-    table = aligned(
-        "One sample's forward (fvcore), and parameters", "side", "GMAC", "without decoder", "million parameters"
-    )
-    for result in results:
-        numbers = result.work.forward / 1e9, result.work.encoder / 1e9, result.work.parameters / 1e6
-        table.add_row(result.side.title, *(f"{number:.2f}" for number in numbers))
-    return table
-
-
-def verdicts(results: Sequence[Measured], *, quick: bool) -> Table:
-    """The closing block: the ratios that the project demands of itself, on two CPU cores in float32."""
-    table = aligned("To reach on 2 CPU cores, float32, Base", "ratio of times", "measured", "bound", "verdict")
-    seconds = {result.side.name: result.seconds for result in results}
-    for demand in DEMANDS:
-        if demand.numerator not in seconds or demand.denominator not in seconds:
-            table.add_row(demand.text, "-", str(demand), "not measured")
-            continue
-        value = ratio(seconds[demand.numerator], seconds[demand.denominator])
-        verdict = "none: tiny models" if quick else "met" if demand.met(value) else "not met"
-        table.add_row(demand.text, f"{value:.2f}", str(demand), verdict)
-    return table
+def told(result: Result) -> Iterator[str]:
+    """A result as it comes, in lines."""
+    if result.agreement:
+        latent, loss = result.agreement
+        yield f"{result.name}: latent within {latent:.0e}, loss within {loss:.0e} of the sparse form"
+    figures = result.failure or f"{result.median:.4f} s, peak {result.memory / 2**20:.0f} MiB"
+    yield f"{result.name}, {result.clips} clips: {figures}"
 
 
 def available(chosen: Sequence[Side], console: Console) -> list[Side]:
-    """The sides that can run: without transformers its own are left out, and that is said."""
-    missing = [side.name for side in chosen if side.needs_transformers and not TRANSFORMERS]
+    """The sides that can run: those whose library is missing are left out, and that is said."""
+    missing = [side for side in chosen if not installed(side.needs)]
     if missing:
-        line = f'{", ".join(missing)} left out: transformers is not installed; pip install -e ".[bench]" brings it'
+        names, libraries = ", ".join(side.name for side in missing), sorted({str(side.needs) for side in missing})
+        line = f'{names} left out: without {" and ".join(libraries)}; pip install -e ".[bench]" brings what is missing'
         console.print(line, markup=False)
-    return [side for side in chosen if side.name not in missing]
+    return [side for side in chosen if side not in missing]
 
 
 def main(options: Options) -> None:
     """Measure what was asked for, and print it.
 
     Raises:
-        ValueError: `--sides` has an unknown name, or no side is left.
+        ValueError: `--sides` has an unknown name, no side is left, or a batch size is not positive.
     """
     console, progress = Console(highlight=False), Console(stderr=True, style="dim", highlight=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 150
+    be_fair()
     step = options.step()
-    if step.device == "cuda":  # fair to all sides: no TF32 in what is called float32, cuDNN's fastest convolutions
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-    clips = options.batch_size or (1 if step.device == "cpu" else 16)
+    sizes, peak = options.sizes(step.device), options.peak(step)
     chosen = available(options.selected(), console)
-    for line in headline(step, clips, clips * max(side.per_clip for side in options.known())):
-        console.print(line)
-    for line in agreement(chosen, step.device):
-        console.print(line)
-    results = measure(chosen, clips, step, count=options.rounds, progress=progress)
-    console.print(costs(results), works(results), verdicts(results, quick=options.quick), sep="\n")
+    header = list(headline(step, peak))
+    console.print(*header, sep="\n")
+
+    counting = count_works(chosen)
+    works: dict[str, Work] = {}
+    results: list[Result] = []
+
+    def report() -> Report:
+        return Report(
+            sides=chosen,
+            step=step,
+            device=device_name(step),
+            peak=peak,
+            works=works,
+            results=results,
+            quick=options.quick,
+        )
+
+    def collect(*, wait: bool) -> None:
+        for name in [name for name, future in counting.items() if wait or future.done()]:
+            try:
+                works[name] = counting.pop(name).result(options.limit)
+                progress.print(f"{name}: {works[name].forward / 1e9:.2f} GMAC")
+            except Exception as problem:  # a side without its work still has its time
+                progress.print(f"{name}: its work was not counted: {reason(problem)}", markup=False)
+
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(report().figures(header), indent=1) + "\n")
+
+    if step.device == "cpu":  # a GPU can be measured meanwhile, a CPU cannot
+        collect(wait=True)
+    for result in measure(chosen, sizes, step, count=options.rounds, limit=options.limit):
+        results.append(result)
+        progress.print(*told(result), sep="\n", markup=False)
+        collect(wait=False)
+        write()
+    collect(wait=True)
+    write()
+    console.print(*report().tables(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,29 +12,44 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
+import hiera
+import torch
 from dense_masked import DenseMasked
 from torch import Tensor, nn
 
 from convmae import MAE, ConvMAE, ConvStage, masking
-from convmae.builders import AttentionStage, Stage
+from convmae.builders import AttentionStage, Decoder, Stage
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from video import VideoConvMAE
 
 Family = Literal["video", "image"]
 TEMPORAL_KERNELS = (1, 3, 5)
-TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
+
+def installed(library: str | None) -> bool:
+    """Whether a library that a side needs is there; None is."""
+    return library is None or importlib.util.find_spec(library) is not None
 
 
 class Pretraining(nn.Module):
-    """A model of ours, or its dense-masked form."""
+    """A model of ours, or its dense-masked form.
+
+    The mask is taken on the CPU, as a loader draws it: what it shows is worked out there, before the model, so that
+    nothing waits for a GPU and torch.compile sees the model alone.
+    """
 
     def __init__(self, model: MaskedAutoencoder | DenseMasked) -> None:
         super().__init__()
         self.model = model
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the model, not what comes before it."""
+        self.model.compile(*args, **options)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The scalar loss."""
-        loss: Tensor = self.model(x, mask)["loss"]
+        trunk = self.model.trunk if isinstance(self.model, MaskedAutoencoder) else self.model.model.trunk
+        loss: Tensor = self.model(x, trunk.shown(mask, device=x.device))["loss"]
         return loss
 
 
@@ -90,6 +105,44 @@ def numbers(plain: MAE) -> dict[str, Any]:
     }
 
 
+class TransformersHiera(nn.Module):
+    """`HieraForPreTraining`: hidden units are dropped after the patch embedding, as the mask's noise says.
+
+    Its attention is written out, and it picks shown units by boolean masks, which wait for a GPU: a peer to compare
+    multiply-accumulates with, more than time.
+    """
+
+    def __init__(self, source: MAE) -> None:
+        from transformers import HieraConfig, HieraForPreTraining
+
+        super().__init__()
+        assert isinstance(source.masking, masking.BlockMasking)
+        first, second, *_ = stages = hiera.stages(source)
+        config = HieraConfig(
+            embed_dim=first.dim,
+            image_size=list(source.size),
+            patch_size=[2 * side - 1 for side in first.stride],
+            patch_stride=list(first.stride),
+            patch_padding=[side - 1 for side in first.stride],
+            mlp_ratio=first.mlp_ratio,
+            depths=[stage.depth for stage in stages],
+            num_heads=[stage.heads for stage in stages],
+            num_query_pool=len(stages) - 1,
+            query_stride=list(second.stride),
+            masked_unit_size=list(hiera.unit(source)),
+            mask_ratio=source.masking.ratio,
+            decoder_hidden_size=source.decoder.dim,
+            decoder_depth=source.decoder.depth,
+            decoder_num_heads=source.decoder.heads,
+        )
+        self.model = HieraForPreTraining(config)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The scalar loss."""
+        loss: Tensor = self.model(x, noise=mask.flatten(1).to(x.dtype)).loss
+        return loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """One row of the tables.
@@ -98,10 +151,11 @@ class Side:
         name: what `--sides` calls it.
         title: what the tables call it.
         family: whether it takes clips or images.
-        source: the builder of the model, or of the form that transformers' model has; it says size and masking.
+        source: the builder of the model, or of the form that a peer's model has; it says size and masking.
         make: the module, from the source.
         per_clip: samples that count as one clip: images have one for every two frames, so as many tokens.
-        needs_transformers: whether `make` imports transformers.
+        needs: the library that `make` imports, if it needs one that is optional.
+        mask_on_device: whether the module takes its mask where the pixels are, or on the CPU.
     """
 
     name: str
@@ -110,11 +164,18 @@ class Side:
     source: MAE
     make: Callable[[MAE], nn.Module]
     per_clip: int = 1
-    needs_transformers: bool = False
+    needs: str | None = None
+    mask_on_device: bool = True
 
     def build(self) -> nn.Module:
         """The module, with random weights; built once, and sides of one source share the weights."""
         return _module(self.make, self.source)
+
+    def draw_masks(self, size: int, generator: torch.Generator) -> Tensor:
+        """Masks for so many samples on the CPU, as the model draws them; a peer's by the masking of its source."""
+        if self.make in (sparse, dense):
+            return _model(self.source).draw_masks(size, generator)
+        return self.source.masking(size, self.source.grid, generator)
 
 
 @cache
@@ -148,19 +209,35 @@ def with_temporal_kernel(builder: VideoConvMAE, kernel: int) -> VideoConvMAE:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The builders that are compared: ours on clips and images, and the plain ViT's of the same input and decoder."""
+    """The builders that are compared: ours on clips and images, and peers' of the same input.
+
+    The plain ViTs have the decoders of ours; a Hiera is a trunk of attention stages with its own masking and decoder.
+    """
 
     clips: VideoConvMAE
     images: ConvMAE
     plain_clips: MAE
     plain_images: MAE
+    hiera_clips: MAE
+    hiera_images: MAE
     size: str = "B"
 
 
 def base() -> Models:
-    """What the papers compare: Base, clips of 16 x 224 x 224 under tubes at 0.9, images of 224 x 224 at 0.75."""
+    """What the papers compare: Base, clips of 16 x 224 x 224 under tubes at 0.9, images of 224 x 224 at 0.75.
+
+    Hiera-B hides 0.9 of a clip's mask units and 0.6 of an image's, and its decoder is MAE's (Hiera, appendix).
+    """
     clips, images = VideoConvMAE.base(), ConvMAE.base()
-    return Models(clips=clips, images=images, plain_clips=_videomae(clips, MAE.base()), plain_images=MAE.base())
+    hiera_b = partial(_hiera, dim=96, depths=(2, 3, 16, 3), decoder=Decoder(dim=512, depth=8, heads=16))
+    return Models(
+        clips=clips,
+        images=images,
+        plain_clips=_videomae(clips, MAE.base()),
+        plain_images=MAE.base(),
+        hiera_clips=hiera_b(clips.size, ratio=0.9),
+        hiera_images=hiera_b(images.size, ratio=0.6),
+    )
 
 
 def tiny() -> Models:
@@ -174,7 +251,16 @@ def tiny() -> Models:
         MAE.base().input(64).stages(replace(attention, stride=(16, 16), hybrid=False)).decode(dim=32, depth=1, heads=2)
     )
     clips = VideoConvMAE.inflate(images, frames=4).predict(VideoConvMAE.base().target)
-    return Models(clips=clips, images=images, plain_clips=_videomae(clips, plain), plain_images=plain, size="tiny")
+    tiny_hiera = partial(_hiera, dim=16, depths=(1, 1, 1, 1), decoder=plain.decoder)
+    return Models(
+        clips=clips,
+        images=images,
+        plain_clips=_videomae(clips, plain),
+        plain_images=plain,
+        hiera_clips=tiny_hiera(clips.size, ratio=0.8),
+        hiera_images=tiny_hiera(images.size, ratio=0.6),
+        size="tiny",
+    )
 
 
 def _videomae(clips: VideoConvMAE, vit: MAE) -> MAE:
@@ -187,38 +273,86 @@ def _videomae(clips: VideoConvMAE, vit: MAE) -> MAE:
     )
 
 
+def _hiera(size: tuple[int, ...], *, ratio: float, dim: int, depths: tuple[int, ...], decoder: Decoder) -> MAE:
+    """A Hiera: patches of 4 x 4, of two frames in a clip; then each stage pools 2 x 2 and doubles width and heads."""
+    frames = size[:-2]
+    strides = [(*(2 for _ in frames), 4, 4)] + [(*(1 for _ in frames), 2, 2)] * (len(depths) - 1)
+    stages = [
+        AttentionStage(dim=dim * 2**number, depth=depth, stride=stride, heads=2**number, hybrid=False)
+        for number, (depth, stride) in enumerate(zip(depths, strides, strict=True))
+    ]
+    return replace(MAE.base().input(size).stages(*stages).mask(masking.random(ratio)), decoder=decoder)
+
+
 def sides(models: Models) -> list[Side]:
     """All sides, in the order in which they are run and printed."""
     return [*_on_clips(models), *_on_images(models)]
 
 
 def _on_clips(models: Models) -> Iterator[Side]:
+    clip = partial(Side, family="video")
+    ours = partial(clip, mask_on_device=False)
     kernels = {kernel: with_temporal_kernel(models.clips, kernel) for kernel in TEMPORAL_KERNELS}
     for kernel, clips in kernels.items():
         title = f"VideoConvMAE-{models.size}, kernel {kernel}"
-        yield Side(name=f"videoconvmae-k{kernel}", title=title, family="video", source=clips, make=sparse)
+        yield ours(name=f"videoconvmae-k{kernel}", title=title, source=clips, make=sparse)
+    if hasattr(models.clips, "reconstruct_part"):
+        yield ours(
+            name="videoconvmae-half",
+            title=f"VideoConvMAE-{models.size}, half decoded",
+            source=models.clips.reconstruct_part(masking.running_cells(0.5)),
+            make=sparse,
+        )
     for kernel, clips in kernels.items():
         title = f"  dense-masked, kernel {kernel}"
-        yield Side(name=f"videoconvmae-dense-k{kernel}", title=title, family="video", source=clips, make=dense)
-    yield Side(
+        yield ours(name=f"videoconvmae-dense-k{kernel}", title=title, source=clips, make=dense)
+    yield clip(
         name="videomae",
         title=f"VideoMAE-{models.size} (transformers)",
-        family="video",
         source=models.plain_clips,
         make=TransformersVideoMAE,
-        needs_transformers=True,
+        needs="transformers",
+    )
+    yield clip(
+        name="hiera-video",
+        title=f"Hiera-{models.size}, clips (timm)",
+        source=models.hiera_clips,
+        make=hiera.HieraMAE,
+        needs="timm",
     )
 
 
 def _on_images(models: Models) -> Iterator[Side]:
     image = partial(Side, family="image", per_clip=models.clips.size[0] // 2)
-    yield image(name="convmae", title=f"ConvMAE-{models.size}", source=models.images, make=sparse)
-    yield image(name="convmae-dense", title="  dense-masked", source=models.images, make=dense)
-    yield image(name="mae", title=f"MAE-{models.size}", source=models.plain_images, make=sparse)
+    ours = partial(image, mask_on_device=False)
+    yield ours(name="convmae", title=f"ConvMAE-{models.size}", source=models.images, make=sparse)
+    if hasattr(masking, "complementary"):
+        yield ours(
+            name="fastconvmae",
+            title=f"ConvMAE-{models.size}, 4 masks an image",
+            source=models.images.mask(masking.complementary(4)),
+            make=sparse,
+        )
+    yield ours(name="convmae-dense", title="  dense-masked", source=models.images, make=dense)
+    yield ours(name="mae", title=f"MAE-{models.size}", source=models.plain_images, make=sparse)
     yield image(
         name="vitmae",
         title=f"MAE-{models.size} (transformers)",
         source=models.plain_images,
         make=TransformersViTMAE,
-        needs_transformers=True,
+        needs="transformers",
+    )
+    yield image(
+        name="hiera",
+        title=f"Hiera-{models.size} (timm)",
+        source=models.hiera_images,
+        make=hiera.HieraMAE,
+        needs="timm",
+    )
+    yield image(
+        name="hiera-transformers",
+        title=f"Hiera-{models.size} (transformers)",
+        source=models.hiera_images,
+        make=TransformersHiera,
+        needs="transformers",
     )

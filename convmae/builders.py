@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .grids import Grid, product
-from .masking import Masking
+from .masking import Masking, Part
 from .masking import random as random_masking
 from .nn import initialisation
 from .nn.classifier import Classifier as ClassifierModule
@@ -152,6 +152,7 @@ class MAE:
     fusion: bool = False
     drop_path_rate: float = 0.0
     class_token: bool = True
+    part: Part | None = None
 
     channels: ClassVar[int] = 3
 
@@ -208,6 +209,18 @@ class MAE:
         """Decode with transformer blocks of this width, number and heads."""
         return replace(self, decoder=Decoder(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio))
 
+    def reconstruct_part(self: B, part: Part | None) -> B:
+        """Decode a part of the hidden tokens in pretraining, as `masking.running_cells(0.5)`; None: all of them.
+
+        The decoder then sees the shown tokens and those it predicts alone (VideoMAE V2, section 3.2).
+        """
+        _require(
+            part is None or callable(part),
+            ".reconstruct_part(...) takes which hidden tokens to predict, as masking.running_cells(0.5), or None",
+            part,
+        )
+        return replace(self, part=part)
+
     def predict(self: B, target: Target) -> B:
         """Predict this target; see `convmae.targets`."""
         _require(
@@ -261,7 +274,12 @@ class MAE:
             values=self.target.values(math.prod(self.stride), self.channels),
         )
         model = MaskedAutoencoder(
-            self.build_trunk(), decoder, masking=self.masking, target=self.target, fusion=self.fusion
+            self.build_trunk(),
+            decoder,
+            masking=self.masking,
+            target=self.target,
+            fusion=self.fusion,
+            part=self.part,
         )
         initialisation.for_pretraining(model)
         model.builder = self
@@ -354,13 +372,32 @@ class MAE:
             mask = self.masking(2, self.grid, torch.Generator().manual_seed(0))
         except (TypeError, ValueError) as problem:
             return [f"{verb}: {problem}"]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (2, *self.grid):
-            return [f"{verb} must give boolean masks (batch, {', '.join(map(str, self.grid))}); it gave {_kind(mask)}"]
+        shape = (2 * getattr(self.masking, "groups", 1), *self.grid)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            batch = "batch" if shape[0] == 2 else f"{shape[0] // 2} * batch"
+            return [
+                f"{verb} must give boolean masks ({batch}, {', '.join(map(str, self.grid))}); it gave {_kind(mask)}"
+            ]
         hidden, tokens = mask.flatten(1).sum(1).tolist(), mask[0].numel()
         if hidden[0] != hidden[1] or not 0 < hidden[0] < tokens:
             return [
                 f"{verb} must hide some tokens but not all, equally many in every sample; of {tokens} it hid {hidden}"
             ]
+        return [] if self.part is None else self._part_problems(mask)
+
+    def _part_problems(self, mask: Tensor) -> list[str]:
+        """Try the part on a mask."""
+        assert self.part is not None
+        verb = f".reconstruct_part({self.part!r})"
+        try:
+            part = self.part(mask, torch.Generator().manual_seed(0))
+        except (TypeError, ValueError) as problem:
+            return [f"{verb}: {problem}"]
+        if not isinstance(part, Tensor) or part.dtype != torch.uint8 or part.shape != mask.shape:
+            return [f"{verb} must give uint8 masks {tuple(mask.shape)}; it gave {_kind(part)}"]
+        predicted = (part == 1).flatten(1).sum(1).tolist()
+        if not part.gt(0).equal(mask) or predicted[0] < 1 or len(set(predicted)) > 1:
+            return [f"{verb} must leave what is hidden hidden, and predict equally many in every sample: {predicted}"]
         return []
 
     def _target_problems(self) -> list[str]:
@@ -393,6 +430,7 @@ class MAE:
         "fusion": lambda fusion: f".fuse({fusion})",
         "drop_path_rate": lambda rate: f".drop_path({rate})",
         "class_token": lambda class_token: f".with_class_token({class_token})",
+        "part": lambda part: f".reconstruct_part({part!r})",
     }
 
     def __repr__(self) -> str:

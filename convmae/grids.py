@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,16 +60,18 @@ def assemble(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tens
     return x
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Shown:
     """The shown tokens of a batch, and the tiles that they cover in finer maps.
 
     A map of any stage is kept as tiles: `(B, V, *tile, C)`, V shown tokens, each with its tile of cells. Where
     nothing is masked the whole map is one tile, `(B, 1, *cells, C)`, so that dense is not a second code path.
 
-    grid: the token grid of the last stage.
-    index: the shown tokens, row-major and ascending, `(R, V)`; None: all of them. R is B, or a multiple of it: then
-        every sample is seen under several masks, one after the other.
-    decoded: the hidden tokens that the decoder predicts, `(R, N)`; None: it predicts every token.
+    Args:
+        grid: the token grid of the last stage.
+        index: the shown tokens, row-major and ascending, `(R, V)`; None: all of them. R is B, or a multiple of it: then
+            every sample is seen under several masks, one after the other.
+        decoded: the hidden tokens that the decoder predicts, `(R, N)`; None: it predicts every token.
     """
 
     grid: Grid
@@ -86,7 +88,7 @@ class Shown(NamedTuple):
         """The mask `(R, *grid)`, boolean, True = hidden."""
         assert self.index is not None
         everything = torch.ones(len(self.index), math.prod(self.grid), dtype=torch.bool, device=self.index.device)
-        return everything.scatter(1, self.index, False).view(-1, *self.grid)
+        return everything.scatter(1, self.index, 0).view(-1, *self.grid)
 
     def to(self, device: torch.device) -> Shown:
         """The same on another device; on the way to a GPU nothing waits."""
@@ -146,7 +148,11 @@ def show(mask: Tensor, grid: Sequence[int]) -> Shown:
     Raises:
         ValueError: the mask is neither, is not on the grid, or counts differ between samples.
     """
-    if mask.dtype not in (torch.bool, torch.uint8) or mask.ndim != 1 + len(grid) or tuple(mask.shape[1:]) != tuple(grid):
+    if (
+        mask.dtype not in (torch.bool, torch.uint8)
+        or mask.ndim != 1 + len(grid)
+        or tuple(mask.shape[1:]) != tuple(grid)
+    ):
         raise ValueError(
             f"mask must be boolean of shape (B, {', '.join(map(str, grid))}), True = hidden; "
             f"got {mask.dtype} {tuple(mask.shape)}"
@@ -155,7 +161,6 @@ def show(mask: Tensor, grid: Sequence[int]) -> Shown:
     return Shown(tuple(grid), _equally_many(mask == 0, "show equally many tokens"), decoded)
 
 
-@torch.compiler.disable
 def _equally_many(chosen: Tensor, what: str) -> Tensor:
     """The row-major indices of the chosen tokens, ascending: `(R, *grid) -> (R, n)`."""
     counts = chosen.flatten(1).sum(1)

@@ -282,7 +282,8 @@ class _Gallery:
                 break
         if not chosen:
             return None, None
-        return normalize(torch.stack(chosen)), model.draw_masks(len(chosen), generator(seed, 4))
+        masks = model.masking(len(chosen), model.trunk.grid, generator(seed, 4))
+        return normalize(torch.stack(chosen)), masks[:: len(masks) // len(chosen)]
 
     def draw(self, stem: Path) -> list[Path]:
         """Reconstruct and save; nothing where the target cannot be turned back into pixels."""
@@ -291,7 +292,8 @@ class _Gallery:
             return []
         training = model.training
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # eager: to compile for these few samples would take longer than all pictures of a run
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             x = self.x.to(device)
             out = model(x, mask=self.mask)
             rebuilt = model.reconstruct(x, out["prediction"], out["mask"])

@@ -18,15 +18,13 @@ from torch import nn
 
 from .builders import MAE
 from .data import generator
-from .distributed import World
 from .launch import find_recipe
-from .nn.layers import AttentionBlock, blocks, recompute
+from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw
 from .place import LaunchError
 from .run import Pretrain
-from .targets import normalize
-from .training import _autocast
+from .training import autocast, compile_step
 
 MARGIN = 0.05
 """The share of the free memory that is left: for the buffers of gradient exchange, workspaces and fragmentation."""
@@ -75,10 +73,8 @@ class Rehearsal:
         if run.recompute:
             recompute(self.model)
         if run.compile:
-            for block in blocks(self.model):
-                if isinstance(block, AttentionBlock):  # as `training.Session` does
-                    block.compile()
-        self.autocast = _autocast(run, World(0, 1, device))
+            compile_step(self.model, self.model)
+        self.autocast = autocast(run, device)
         self.optimiser = adamw(self.model, weight_decay=run.weight_decay, betas=run.betas)
 
     def step(self, samples: int) -> None:
@@ -90,9 +86,9 @@ class Rehearsal:
         for _ in range(2):
             pixels = torch.randint(256, (samples, 3, *self.run.model.size), dtype=torch.uint8, device=self.device)
             mask = self.model.draw_masks(samples, generator(self.run.seed))
-            x = normalize(pixels)
+            shown = self.model.trunk.shown(mask, device=self.device)
             with self.autocast:
-                loss = self.model(x, mask=mask)["loss"]
+                loss = self.model(pixels, mask=shown)["loss"]
             (loss * samples).backward()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         scale = 1 / (2 * samples * nn.utils.get_total_norm(gradients)).clamp(min=1)

@@ -25,6 +25,7 @@ FREE = (
     "parallel",
     "recompute",
     "compile",
+    "deterministic",
     "checkpoint_minutes",
     "checkpoint_steps",
     "keep_last",
@@ -62,7 +63,8 @@ class Pretrain:
         device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
-        compile: torch.compile for the attention blocks.
+        compile: torch.compile for forward and backward, under fsdp for their blocks: minutes before the first step.
+        deterministic: no kernels that add up in changing order, so that a GPU too gives the same bits every time.
         checkpoint_minutes: time between checkpoints; 0: after every step.
         checkpoint_steps: steps between checkpoints, beside the time; None: by time alone.
         keep_last: how many of the newest checkpoints are kept.
@@ -98,6 +100,7 @@ class Pretrain:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     recompute: bool = False
     compile: bool = False
+    deterministic: bool = False
     checkpoint_minutes: float = 10
     checkpoint_steps: int | None = None
     keep_last: int = 3

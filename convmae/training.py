@@ -2,13 +2,14 @@
 
 The loop asks little of a model: masks to draw, and `model(x, mask=mask)` giving a dict with a scalar `loss`. A run
 lives in its folder, and running it again goes on from the newest checkpoint there: on the same number of processes
-with the same bits as if it had never stopped (on the CPU; on GPUs as far as their kernels are deterministic).
+with the same bits as if it had never stopped: always on the CPU, on GPUs with `deterministic`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -20,19 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import Batch, Samples, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
+from .grids import Shown
 from .keeper import Keeper
-from .nn.layers import AttentionBlock, blocks, recompute
+from .nn.layers import blocks, recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw
 from .progress import Event, Progress, Start, Step, Window
 from .run import Pretrain, check, refusal
 from .run_folder import Checkpoints, InUseError, failures, forget_failures, note, occupied, record_failure
-from .targets import normalize
 from .watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def opened(run: Pretrain) -> Iterator[Session]:
         record_failure(run.folder, error, step=None if session is None else session.progress.step)
 
     with ExitStack() as stack:
+        stack.enter_context(_deterministic(run.deterministic))
         stop = stack.enter_context(_stop_requests())
         watchdog = stack.enter_context(Watchdog(run.hang_minutes, last_words))
         try:
@@ -111,7 +114,7 @@ class Session:
     ) -> None:
         self.run, self.world, self.model, self.stop = run, world, model.to(world.device), stop
         self.watchdog = watchdog
-        self.autocast = _autocast(run, world)
+        self.autocast = autocast(run, world.device)
         self.stream = Stream(
             samples,
             run.model.size,
@@ -124,11 +127,9 @@ class Session:
         )
         if run.recompute:
             recompute(model)
-        if run.compile:
-            for block in blocks(model):
-                if isinstance(block, AttentionBlock):  # the tile convolution's many small pieces take too long
-                    block.compile()
         self.network = world.share(model, sharded=run.parallel == "fsdp")
+        if run.compile:
+            compile_step(self.network, model)
         self.optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
         self.keeper = Keeper(run, world, model, self.optimiser, samples)
         kept = self.keeper.take_up()
@@ -276,9 +277,11 @@ class Session:
         self.optimiser.zero_grad(set_to_none=True)
         return done
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Normalised pixels on the device; the mask stays on the CPU, where shown tokens are worked out."""
-        return normalize(batch.pixels.to(self.world.device, non_blocking=True)), batch.mask
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Shown]:
+        """Pixels, uint8 until they are there, and what the mask shows, worked out here: a GPU is not waited for."""
+        device = self.world.device
+        shown = self.model.trunk.shown(batch.mask, device=device)
+        return batch.pixels.to(device, non_blocking=True), shown
 
     def _nothing(self, count: int = 1) -> Batch:
         """Black samples that count for nothing, so that all processes take part in the exchange of gradients."""
@@ -357,19 +360,45 @@ class _Done(NamedTuple):
 
 
 class _DrawMask:
-    """One mask from a generator; a class, so that it pickles into loader workers without the model."""
+    """A sample's mask from a generator; a class, so that it pickles into loader workers without the model."""
 
     def __init__(self, model: MaskedAutoencoder) -> None:
-        self.masking, self.grid = model.masking, model.trunk.grid
+        self.masking, self.part, self.grid = model.masking, model.part, model.trunk.grid
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        return self.masking(1, self.grid, generator)
+        mask = self.masking(1, self.grid, generator)
+        return mask if self.part is None else self.part(mask, generator)
 
 
-def _autocast(run: Pretrain, world: World) -> Any:
-    has_bfloat16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def autocast(run: Pretrain, device: torch.device) -> Any:
+    """The precision of a run's forward pass on a device."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = run.precision == "bfloat16" or (run.precision == "auto" and has_bfloat16)
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def compile_step(network: nn.Module, model: nn.Module) -> None:
+    """torch.compile for a network that shares out a model, or is it: whole, or block by block where it is sharded.
+
+    Under DDP the compiler cuts the backward pass where gradients can be sent off.
+    """
+    for module in blocks(model) if isinstance(network, FSDPModule) else [network]:
+        module.compile(dynamic=False)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Kernels that add up in one order only, where they are wanted."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -498,7 +498,9 @@ def test_videomaes_loss_of_the_recorded_prediction_is_the_authors(clips: dict[st
     prediction = torch.full((2, 128, 384), torch.nan)
     prediction[mask] = clips["out.pred"].flatten(0, 1)
     prediction[~mask] = 1e3  # no part in the loss
-    loss = model.loss(clips["in.video"].double(), prediction, model.trunk.shown(mask.view(2, 8, 4, 4), device=mask.device))
+    loss = model.loss(
+        clips["in.video"].double(), prediction, model.trunk.shown(mask.view(2, 8, 4, 4), device=mask.device)
+    )
     assert loss.item() == pytest.approx(clips[f"out.loss_{kind}"].item(), rel=1e-6)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Grid, Shown, assemble, patches
-from ..masking import Masking
-from ..targets import Target
+from ..masking import Masking, Part
+from ..targets import Target, normalize
 from .layers import ATTENTION_EPS, AttentionBlock, PatchConvolution
 from .positions import sincos
+from .squared_error import squared_error
 from .trunk import Trunk
 
 
@@ -65,11 +65,21 @@ class MaskedAutoencoder(nn.Module):
     builder: Any = None
     """The builder that made it, if one did: what a checkpoint keeps to build it again."""
 
-    def __init__(self, trunk: Trunk, decoder: Decoder, *, masking: Masking, target: Target, fusion: bool) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        decoder: Decoder,
+        *,
+        masking: Masking,
+        target: Target,
+        fusion: bool,
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.decoder = decoder
         self.masking = masking
+        self.part = part
         self.target = target
         earlier: Sequence[int] = range(len(trunk.dims) - 1) if fusion else ()
         self.fusion = nn.ModuleList(
@@ -78,8 +88,12 @@ class MaskedAutoencoder(nn.Module):
         self.norm = nn.LayerNorm(trunk.dims[-1], eps=ATTENTION_EPS)
 
     def draw_masks(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Masks as this model's masking draws them: boolean `(batch, *grid)` on the CPU, True = hidden."""
-        return self.masking(batch, self.trunk.grid, generator)
+        """Masks as this model's masking draws them, `(R, *grid)` on the CPU: boolean, True = hidden.
+
+        R is the batch, times the masking's groups. Where the decoder predicts a part, uint8 as `grids.show` takes it.
+        """
+        mask = self.masking(batch, self.trunk.grid, generator)
+        return mask if self.part is None else self.part(mask, generator)
 
     def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
         """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and the class token `(B, 1, D)` or None."""
@@ -93,7 +107,7 @@ class MaskedAutoencoder(nn.Module):
         """Hide, encode, decode, compare.
 
         Args:
-            x: `(B, C, *size)`, ImageNet-normalised floats.
+            x: `(B, C, *size)`, ImageNet-normalised floats, or uint8 pixels, which are normalised here.
             mask: boolean `(R, *grid)`, True = hidden, or uint8 as `grids.show` takes it; R is B, or a multiple of it:
                 then every sample is seen under several masks. Or `Trunk.shown(mask)`, worked out before: then nothing
                 here waits for a GPU, and torch.compile sees one graph. Drawn by the model's masking when not given.
@@ -106,6 +120,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: x or the mask has another shape than the model's, or the mask's counts differ by sample.
         """
+        x = normalize(x) if x.dtype == torch.uint8 else x
         if mask is None:
             mask = self.draw_masks(len(x))
         if isinstance(mask, Tensor) and (len(mask) % len(x) if len(x) else len(mask)):
@@ -131,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         if shown.decoded is not None:
             target = target.gather(1, shown.decoded.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         assert target.shape == prediction.shape, (target.shape, prediction.shape)
-        error = F.mse_loss(prediction.to(precision), target, reduction="none").mean(-1)
+        error = squared_error(prediction, target)
         if shown.decoded is not None:
             return error.mean()
         hidden = shown.hidden.flatten(1)
@@ -139,7 +154,9 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Pixels `(B, C, *size)`: the input where shown, the prediction where hidden, ImageNet-normalised.
+        """Pixels `(R, C, *size)`: the input where shown, the prediction where hidden, ImageNet-normalised.
+
+        `x (B, C, *size)` normalised or uint8, prediction `(R, L, values)`, mask boolean `(R, *grid)`.
 
         A normalised target is undone with the mean and variance of the input's own patches.
 
@@ -148,6 +165,8 @@ class MaskedAutoencoder(nn.Module):
         """
         if not hasattr(self.target, "invert"):
             raise ValueError(f"{self.target!r} has no invert(values, patches): its predictions are not pixels")
+        x = normalize(x) if x.dtype == torch.uint8 else x
+        x = x.repeat_interleave(len(mask) // max(1, len(x)), dim=0)
         precision = torch.promote_types(x.dtype, torch.float32)
         original = patches(x.to(precision), self.trunk.stride)
         predicted = self.target.invert(prediction.to(precision), original)

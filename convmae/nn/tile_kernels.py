@@ -202,10 +202,18 @@ class _Layout(NamedTuple):
         cells = x.numel() // x.shape[-1]
         return _Layout((*tile, *block, *kernel, *reach), x.shape[-1], cells // math.prod(block))
 
-    def at_once(self, each: int) -> tuple[int, int]:
-        """Channels of a program, and its warps, where a thread takes so many channels."""
-        channels = min(triton.next_power_of_2(self.channels), 32 * each)
-        return channels, max(1, channels // (32 * each))
+
+CHANNELS, CHANNELS_OF_GRADIENT = 128, 64
+"""Channels of a program; a thread takes two. Tuned on an H100, see benchmarks/README.md."""
+
+PROGRAMS = 2048
+"""How many programs share the sum of a weight's gradient; more would write more partial sums than they save time."""
+
+
+def _at_once(channels: int, most: int) -> tuple[int, int]:
+    """Channels of a program, and its warps."""
+    count = min(triton.next_power_of_2(channels), most)
+    return count, max(1, count // 64)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | None, turned: bool) -> Tensor:
@@ -213,7 +221,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | No
     x = x.contiguous()
     out = torch.empty_like(x)
     layout = _Layout.of(x, weight)
-    at_once, warps = layout.at_once(2)
+    at_once, warps = _at_once(layout.channels, CHANNELS)
     if layout.blocks:
         _convolve[layout.blocks, triton.cdiv(layout.channels, at_once)](
             x, weight.flatten(1).t().contiguous(), bias, around, out, layout.channels, layout.shape,
@@ -227,7 +235,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor 
     """Sums over parts of the blocks, added up in a second step: no atomic additions."""
     x, gradient = x.contiguous(), gradient.contiguous()
     layout = _Layout.of(x, weight)
-    at_once, warps = layout.at_once(2)
+    at_once, warps = _at_once(layout.channels, CHANNELS_OF_GRADIENT)
     lead, taps = layout.shape[5], math.prod(layout.shape[5:8])
     programs = triton.cdiv(layout.channels, at_once) * lead
     parts = max(1, min(triton.cdiv(PROGRAMS, programs), layout.blocks))
@@ -239,10 +247,6 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor 
         num_warps=warps,
     )  # fmt: skip
     return sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()
-
-
-PROGRAMS = 4096
-"""How many programs share the sum of a weight's gradient: enough to fill a GPU of 132 multiprocessors twice."""
 
 
 def _precise(x: Tensor) -> tl.dtype:

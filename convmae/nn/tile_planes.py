@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,13 +144,15 @@ class _Neighbours(NamedTuple):
     taps: Tensor
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_known: Any = WeakTensorKeyDictionary()
 """What was worked out for a tensor `around`, for as long as that lives: all blocks of a stage need the same."""
 
 
 def _neighbours(around: Tensor, tile: Grid, kernel: Grid) -> _Neighbours:
     tile, kernel = tuple(tile), tuple(kernel)
-    found: dict[tuple[Grid, Grid], _Neighbours] = _known.setdefault(around, {})
+    if around not in _known:
+        _known[around] = {}
+    found: dict[tuple[Grid, Grid], _Neighbours] = _known[around]
     if (tile, kernel) not in found:
         found[tile, kernel] = _find_neighbours(around, tile, kernel)
     return found[tile, kernel]
