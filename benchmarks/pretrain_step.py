@@ -49,6 +49,9 @@ class Options:
     """Autocast of the forward; float32 is none. Default float32 on the CPU, bfloat16 on the GPU."""
     compile: bool = False
     """Compile every side with torch.compile, for each batch size anew."""
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs, so that the processor cannot hold the GPU up. Peak memory means little
+    then: graphs keep theirs."""
     optimiser: bool = False
     """Time a step of fused AdamW too."""
     only: Family | None = None
@@ -73,7 +76,8 @@ class Options:
         return Step(
             device=device,
             dtype=DTYPES[dtype],
-            compiled=self.compile,
+            compiled=self.compile or self.cuda_graphs,
+            graphs=self.cuda_graphs,
             threads=torch.get_num_threads(),
             optimised=self.optimiser,
         )
@@ -458,7 +462,7 @@ def main(options: Options) -> None:
     header = list(headline(step, peak))
     console.print(*header, sep="\n")
 
-    counting = count_works(chosen)
+    counting = {} if step.device == "cuda" else count_works(chosen)  # a busy processor holds a GPU up
     works: dict[str, Work] = {}
     results: list[Result] = []
 
@@ -473,10 +477,10 @@ def main(options: Options) -> None:
             quick=options.quick,
         )
 
-    def collect(*, wait: bool) -> None:
-        for name in [name for name, future in counting.items() if wait or future.done()]:
+    def collect() -> None:
+        for name, future in counting.items():
             try:
-                works[name] = counting.pop(name).result(options.limit)
+                works[name] = future.result(options.limit)
                 progress.print(f"{name}: {works[name].forward / 1e9:.2f} GMAC")
             except Exception as problem:  # a side without its work still has its time
                 progress.print(f"{name}: its work was not counted: {reason(problem)}", markup=False)
@@ -485,14 +489,14 @@ def main(options: Options) -> None:
         if options.json:
             options.json.write_text(json.dumps(report().figures(header), indent=1) + "\n")
 
-    if step.device == "cpu":  # a GPU can be measured meanwhile, a CPU cannot
-        collect(wait=True)
+    collect()
     for result in measure(chosen, sizes, step, count=options.rounds, limit=options.limit):
         results.append(result)
         progress.print(*told(result), sep="\n", markup=False)
-        collect(wait=False)
         write()
-    collect(wait=True)
+    if not works:
+        counting = count_works(chosen)
+        collect()
     write()
     console.print(*report().tables(), sep="\n")
 

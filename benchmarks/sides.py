@@ -296,16 +296,16 @@ def _on_clips(models: Models) -> Iterator[Side]:
     for kernel, clips in kernels.items():
         title = f"VideoConvMAE-{models.size}, kernel {kernel}"
         yield ours(name=f"videoconvmae-k{kernel}", title=title, source=clips, make=sparse)
-    if hasattr(models.clips, "reconstruct_part"):
-        yield ours(
-            name="videoconvmae-half",
-            title=f"VideoConvMAE-{models.size}, half decoded",
-            source=models.clips.reconstruct_part(masking.running_cells(0.5)),
-            make=sparse,
-        )
+    yield ours(
+        name="videoconvmae-half",
+        title=f"VideoConvMAE-{models.size}, half decoded",
+        source=models.clips.reconstruct_part(masking.running_cells(0.5)),
+        make=sparse,
+    )
     for kernel, clips in kernels.items():
         title = f"  dense-masked, kernel {kernel}"
         yield ours(name=f"videoconvmae-dense-k{kernel}", title=title, source=clips, make=dense)
+    yield ours(name="plain", title=f"VideoMAE-{models.size} (our MAE)", source=models.plain_clips, make=sparse)
     yield clip(
         name="videomae",
         title=f"VideoMAE-{models.size} (transformers)",
@@ -326,13 +326,12 @@ def _on_images(models: Models) -> Iterator[Side]:
     image = partial(Side, family="image", per_clip=models.clips.size[0] // 2)
     ours = partial(image, mask_on_device=False)
     yield ours(name="convmae", title=f"ConvMAE-{models.size}", source=models.images, make=sparse)
-    if hasattr(masking, "complementary"):
-        yield ours(
-            name="fastconvmae",
-            title=f"ConvMAE-{models.size}, 4 masks an image",
-            source=models.images.mask(masking.complementary(4)),
-            make=sparse,
-        )
+    yield ours(
+        name="fastconvmae",
+        title=f"ConvMAE-{models.size}, 4 masks an image",
+        source=models.images.mask(masking.complementary(4)),
+        make=sparse,
+    )
     yield ours(name="convmae-dense", title="  dense-masked", source=models.images, make=dense)
     yield ours(name="mae", title=f"MAE-{models.size}", source=models.plain_images, make=sparse)
     yield image(

@@ -136,7 +136,7 @@ class Shown:
             steps = (steps[:, None] * side + torch.arange(-r, r + 1, device=device)).flatten()
         number = torch.arange(rows * shown, device=device, dtype=torch.int32).view(rows, shown)
         rank = torch.full((rows, math.prod(sides)), -1, device=device, dtype=torch.int32).scatter(1, at, number)
-        return rank.gather(1, (at[:, :, None] + steps).flatten(1)).view(rows * shown, -1)
+        return rank.gather(1, (at[:, :, None] + steps).flatten(1)).view(rows * shown, len(steps))
 
 
 def show(mask: Tensor, grid: Sequence[int]) -> Shown:

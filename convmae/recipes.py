@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from . import masking
@@ -28,6 +29,25 @@ def imagenet_pretrain() -> Pretrain:
         batch_size=1024,
         warmup_epochs=40,
         folder=Path("runs/imagenet_pretrain"),
+    )
+
+
+def imagenet_fast_pretrain() -> Pretrain:
+    """FastConvMAE-B on ImageNet-1K: every image under four masks that share its tokens out, for 50 epochs.
+
+    From its code's description: 50 epochs, 10 of warm-up, batch 512, base learning rate 6e-4 for 256 images; what it
+    does not say is `imagenet_pretrain`'s.
+
+    Published: 84.4 % top-1 after finetuning, 266 GPU hours. No accuracy was measured with this code yet.
+    """
+    return replace(
+        imagenet_pretrain(),
+        model=ConvMAE.base().mask(masking.complementary(4)),
+        epochs=50,
+        warmup_epochs=10,
+        batch_size=512,
+        base_lr=6e-4,
+        folder=Path("runs/imagenet_fast_pretrain"),
     )
 
 

@@ -588,3 +588,106 @@ def test_a_golden_model_survives_a_checkpoint(recorded: Recorded, tmp_path: Any)
     out = again(recorded.images.float(), mask=recorded.mask)["prediction"]
     assert out.equal(model(recorded.images.float(), mask=recorded.mask)["prediction"])
     assert json.dumps(repr(again.builder)) == json.dumps(repr(model.builder))
+
+
+# --- FastConvMAE: four complementary masks ----------------------------------------------------------------------
+
+
+class Shared:
+    """A tiny FastConvMAE of the authors', every sample under four masks. Their rows go by mask, ours by sample."""
+
+    GROUPS = 4
+
+    def __init__(self) -> None:
+        self.about = explanation("fastconvmae_tiny")
+        self.content = tensors("fastconvmae_tiny")
+        self.state = under(self.content, "state.")
+        self.images = self.content["in.imgs"].double()
+        self.mask = masking.complementary(self.GROUPS).from_noise(self.content["in.noise"], (14, 14))
+        # theirs keeps tokens in the order of the noise, ours in the order of the grid
+        self.kept = self.content["mask.ids_shuffle"].long().view(len(self.mask), -1)
+        self.order = self.kept.argsort(1)
+
+    def model(self) -> MaskedAutoencoder:
+        model = official.load(self.state, heads=4, decoder_heads=4)
+        assert isinstance(model, MaskedAutoencoder)
+        return model.double()
+
+    def by_sample(self, name: str) -> Tensor:
+        return torch.unflatten(self.content[name], 0, (self.GROUPS, -1)).transpose(0, 1).flatten(0, 1)
+
+    def shown(self, name: str) -> Tensor:
+        """Of tensors of the shown tokens, in the order of the grid."""
+        return self.by_sample(name)[torch.arange(len(self.order))[:, None], self.order]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    return Shared()
+
+
+def test_the_complementary_masks_of_recorded_noise_are_the_authors(shared: Shared) -> None:
+    assert shared.mask.flatten(1).equal(shared.by_sample("mask.masks").bool())
+    assert (~shared.mask).view(-1, Shared.GROUPS, 14, 14).sum(1).eq(1).all()
+    assert (~shared.mask).flatten(1).nonzero()[:, 1].view(len(shared.mask), -1).equal(shared.kept.sort(1).values)
+
+
+@torch.no_grad()
+def test_maps_latents_and_predictions_of_fastconvmae_are_the_authors(shared: Shared) -> None:
+    model, content = shared.model(), shared.content
+    shown = model.trunk.shown(shared.mask, device=shared.images.device)
+    maps = model.trunk(shared.images, shown).maps
+    # every cell is shown in one of the four masks: together they are the authors' whole maps
+    whole = []
+    for tiles in maps[:2]:
+        volume = tiles.new_full((len(shared.images), 14, 14, *tiles.shape[2:]), math.nan)
+        for row, places in enumerate((~shared.mask).nonzero()[:, 1:].view(*tiles.shape[:2], 2).tolist()):
+            for tile, (y, x) in zip(tiles[row], places, strict=True):
+                volume[row // Shared.GROUPS, y, x] = tile
+        whole.append(volume.transpose(2, 3).flatten(3, 4).flatten(1, 2).movedim(-1, 1))
+    assert furthest(whole[0][:, :, :16, -16:], content["out.stage1_corner"]) < LATENT  # the upper right one
+    assert furthest(whole[1], content["out.stage2"]) < LATENT
+
+    seen: list[Tensor] = []
+    first_block = model.decoder.get_submodule("blocks.0")
+    hook = first_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    prediction = model(shared.images, mask=shared.mask)["prediction"]
+    hook.remove()
+    assert furthest(seen[0], shared.by_sample("out.decoder_in")) < LATENT
+    latent, _ = model.encode(shared.images, shown)
+    apart = shared.about["float32_vs_float64_max_abs"]
+    assert furthest(latent, shared.shown("out.latent")) == pytest.approx(apart["latent"], rel=1e-6)
+    assert furthest(prediction[:, ::7], shared.by_sample("out.pred_rows")) <= apart["pred"] * (1 + 1e-6)
+
+
+@torch.no_grad()
+def test_the_error_of_every_patch_of_fastconvmae_is_the_authors(shared: Shared) -> None:
+    model = with_target(shared.model(), False)
+    prediction = model(shared.images, mask=shared.mask)["prediction"]
+    target = model.target(patches(shared.images, model.trunk.stride)).repeat_interleave(Shared.GROUPS, dim=0)
+    error = (prediction - target).square().mean(-1)
+    assert furthest(error, shared.by_sample("out.per_patch_mse_raw")) < 1e-6 * float(error.max())
+
+
+@pytest.mark.parametrize(("normalized", "kind"), [(True, "norm_pix"), (False, "raw")])
+def test_loss_and_gradients_of_fastconvmae_are_the_authors(shared: Shared, normalized: bool, kind: str) -> None:
+    model = with_target(shared.model(), normalized)
+    loss = model(shared.images, mask=shared.mask)["loss"]
+    assert loss.item() == pytest.approx(shared.about[f"loss_{kind}_float64"], rel=1e-12)
+    assert loss.item() == pytest.approx(shared.content[f"out.loss_{kind}"].item(), rel=1e-6)
+
+    torch.autograd.backward(loss)
+    pairs = pair_names(shared.state, shared.model().float())
+    own = dict(model.named_parameters())
+    norms = shared.about[f"grad_norms_{kind}"]
+    assert set(pairs) - set(norms) == {"pos_embed", "decoder_pos_embed"}
+    for name, norm in norms.items():
+        gradient = own[pairs[name]].grad
+        assert gradient is not None, name
+        assert float(gradient.norm()) == pytest.approx(norm, rel=2e-5), name
+    gradients = under(shared.content, f"grad_{kind}.")
+    assert len(gradients) == 7
+    for name, theirs in gradients.items():
+        ours = own[pairs[name]].grad
+        assert ours is not None
+        assert furthest(ours.view(theirs.shape), theirs) < GRADIENT * float(theirs.abs().max()) + 1e-9, name

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from ..grids import cut
 from .tile_convolution import tile_convolution
 
+# einops looks for its backend when it is first used; within torch.compile that would make the second step compile anew
+rearrange(torch.empty(0), "n -> n")
+
 CONVOLUTION_EPS = 1e-5  # LayerNorm of embeddings and convolution blocks in the authors' code
 ATTENTION_EPS = 1e-6  # and everywhere else
 
@@ -127,7 +130,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (B, N, D) -> (B, N, D)`."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> b three h n d", three=3, h=self.heads).unbind(1)
         x = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return x
 

@@ -7,7 +7,8 @@ elsewhere: exactly the published values, at the cost of the shown cells.
 It is one operator of torch's, `convmae::tile_convolution`, so that torch.compile, torch.export, autocast, activation
 checkpointing and sharding see it whole. Two forms carry it out: `tile_kernels` (Triton, on GPUs) and `tile_planes`
 (plain torch, anywhere). Its input's gradient is the same operator with the kernel turned round, for a shown cell is
-its neighbour's neighbour; its weight's is a second operator. Neither adds up in an order that changes from run to run.
+its neighbour's neighbour; its weight's is a second operator. On CPUs and by Triton neither adds up in an order that
+changes from run to run.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def tile_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Ten
 
     Args:
         x: shown tiles `(R, V, *tile, C)`.
-        weight: `(C, 1, *kernel)`, odd kernels, as many axes as the tile, two or more; of any precision: sums are taken
-            in float32 or better.
+        weight: `(C, 1, *kernel)`, odd kernels, as many axes as the tile, two or more. It may be more precise than x: by
+            Triton sums are in float32 or better, in plain torch weights and sums are rounded as x is.
         bias: `(C)` or None.
         around: `Shown.around(reach(tile, kernel))`; None where nothing is masked: then each tile is a whole map.
 
@@ -41,7 +42,8 @@ def tile_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Ten
         RuntimeError: a second derivative was asked for; there is none.
     """
     if around is None and not _by_triton(x):
-        return tile_planes.dense(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return tile_planes.dense(x, weight, bias)
     out: Tensor = _convolve(x, weight, bias, around, False)
     return out
 
@@ -66,14 +68,16 @@ def _form(x: Tensor) -> ModuleType:
 @torch.library.custom_op("convmae::tile_convolution", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | None, turned: bool) -> Tensor:
     """`turned` takes the kernel point-reflected: what the input's gradient needs."""
-    out: Tensor = _form(x).convolve(x, weight, bias, around, turned)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _form(x).convolve(x, weight, bias, around, turned)
     return out
 
 
 @torch.library.custom_op("convmae::tile_convolution_weight_gradient", mutates_args=())
 def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor | None) -> Tensor:
     """The gradient of `weight`, in its precision."""
-    out: Tensor = _form(x).weight_gradient(x, gradient, weight, around)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _form(x).weight_gradient(x, gradient, weight, around)
     return out
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..grids import Grid
@@ -26,15 +28,10 @@ BLOCK_ON_CPU, BLOCK = 2**17, 2**26
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Whole maps, `(B, 1, *cells, C)`: the leading taps as shifts, the last two axes by the depthwise kernel."""
-    tile, kernel = x.shape[2:-1], weight.shape[2:]
-    weight = weight.to(x.dtype)
-    lead = len(tile) - 2
-    margins = [half for k in kernel[:lead][::-1] for half in (k // 2, k // 2)]
-    padded = F.pad(x, (0, 0, 0, 0, 0, 0, *margins)) if any(margins) else x
+    kernel, weight = weight.shape[2:], weight.to(x.dtype)
     out: Tensor | None = None
-    for tap in _taps(kernel[:lead]):
-        window = tuple(slice(t, t + size) for t, size in zip(tap, tile, strict=False))
-        part = _convolve(padded[:, :, *window].flatten(0, 1 + lead), _tap(weight, tap))
+    for tap, window in _windows(x, kernel):
+        part = _convolve(window, _tap(weight, tap))
         out = part if out is None else out + part
     assert out is not None
     out = out.reshape(x.shape)
@@ -67,10 +64,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | No
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor | None) -> Tensor:
     """Tap by tap: the products of gradients and the cells under the tap, summed over cells by a matrix product."""
     if around is None:
-        with torch.enable_grad():
-            kernel = weight.detach().requires_grad_()
-            (dw,) = torch.autograd.grad(dense(x, kernel, None), kernel, gradient)
-        return dw
+        return _dense_weight_gradient(x, gradient, weight)
     neighbours = _neighbours(around, x.shape[2:-1], weight.shape[2:])
     channels, (height, width) = x.shape[-1], x.shape[-3:-1]
     cells, flat = x.reshape(-1, channels), gradient.reshape(-1, channels)
@@ -92,6 +86,25 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor 
     for rows, sources, taps in _pairs(neighbours, cells):
         out.index_add_(0, taps, flat.index_select(0, rows).mul_(cells.index_select(0, sources)).to(out.dtype))
     return out.t().reshape(weight.shape).to(weight.dtype).contiguous()
+
+
+def _windows(x: Tensor, kernel: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """For every leading tap the planes under it, zeros beyond the border: `(planes, H, W, C)`."""
+    tile, lead = x.shape[2:-1], x.ndim - 5
+    margins = [half for k in kernel[:lead][::-1] for half in (k // 2, k // 2)]
+    padded = F.pad(x, (0, 0, 0, 0, 0, 0, *margins)) if any(margins) else x
+    for tap in _taps(kernel[:lead]):
+        window = tuple(slice(t, t + size) for t, size in zip(tap, tile, strict=False))
+        yield tap, padded[:, :, *window].flatten(0, 1 + lead)
+
+
+def _dense_weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """As `dense` goes: leading tap by leading tap."""
+    kernel, slopes = weight.shape[2:], gradient.flatten(0, gradient.ndim - 4).permute(0, 3, 1, 2)
+    shape, padding = (len(weight), 1, *kernel[-2:]), [k // 2 for k in kernel[-2:]]
+    weigh: Callable[..., Tensor] = partial(conv2d_weight, padding=padding, groups=len(weight))
+    parts = [weigh(window.permute(0, 3, 1, 2), shape, slopes) for _, window in _windows(x, kernel)]
+    return torch.stack(parts, dim=2).reshape(weight.shape).to(weight.dtype)
 
 
 def _taps(kernel: Sequence[int]) -> Iterator[tuple[int, ...]]:
