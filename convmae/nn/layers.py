@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..grids import cut
 from .tile_convolution import tile_convolution
 
-# einops looks for its backend when it is first used; within torch.compile that would make the second step compile anew
+# einops finds its backend when it is first used: within torch.compile that would make the second step compile anew
 rearrange(torch.empty(0), "n -> n")
 
 CONVOLUTION_EPS = 1e-5  # LayerNorm of embeddings and convolution blocks in the authors' code
@@ -47,7 +47,7 @@ class PatchConvolution(nn.Module):
         """`x (B, V, *(t·stride), C) -> (B, V, *t, D)`."""
         axes = len(self.stride)
         cells = cut(x, self.stride, first=2).flatten(2 + axes)
-        return F.linear(cells, rearrange(self.weight, "d c ... -> d (... c)"), self.bias)
+        return F.linear(cells, self.weight.movedim(1, -1).flatten(1), self.bias)
 
     def extra_repr(self) -> str:
         """Widths and stride, as a convolution prints them."""

@@ -183,7 +183,7 @@ def _find_neighbours(around: Tensor, tile: Grid, kernel: Grid) -> _Neighbours:
     beyond = (source < absent) & ~same_plane
     tap, row = beyond.flatten(0, -2).nonzero(as_tuple=True)
     return _Neighbours(
-        same_place=source[..., kernel[-2] // 2, kernel[-1] // 2, :].reshape(-1, absent),
+        same_place=source[..., kernel[-2] // 2, kernel[-1] // 2, :].reshape(math.prod(kernel[:-2]), absent),
         rows=row,
         sources=source[beyond],
         taps=tap,
