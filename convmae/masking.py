@@ -61,7 +61,11 @@ def _coarse(block: tuple[int | None, ...], grid: tuple[int, ...]) -> tuple[int, 
 
 def _showing(kept: Tensor, coarse: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
     """The masks that show these blocks alone: indices `(n, kept) -> (n, *grid)`."""
-    mask = torch.ones(len(kept), math.prod(coarse), dtype=torch.bool).scatter(1, kept, False).view(-1, *coarse)
+    mask = (
+        torch.ones(len(kept), math.prod(coarse), dtype=torch.bool, device=kept.device)
+        .scatter(1, kept, False)
+        .view(-1, *coarse)
+    )
     for axis, (side, count) in enumerate(zip(grid, coarse, strict=True)):
         mask = mask.repeat_interleave(side // count, dim=1 + axis)
     return mask
@@ -200,9 +204,10 @@ class RunningCells:
         """Masks `(R, *grid)`, boolean, True = hidden `-> (R, *grid)`, uint8: 0 shown, 1 to predict, 2 left out."""
         rows, *grid = mask.shape
         *lead, height, width = grid
-        down, right = torch.arange(height)[:, None] % 2, torch.arange(width) % 2
+        rows_of, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
+        down, right = rows_of[:, None] % 2, columns % 2
         place = 2 * down + (down ^ right)  # round the cell: (0, 0), (0, 1), (1, 1), (1, 0)
-        time = torch.arange(math.prod(lead)).view(*lead, 1, 1) if lead else torch.zeros(1, 1, dtype=torch.long)
+        time = torch.arange(math.prod(lead), device="cpu").view(*lead, 1, 1)
         start = torch.randint(4, (rows, *[1] * len(grid)), generator=generator, device="cpu")
         running = (place + time + start) % 4 < round(4 * self.keep)
         hidden = mask.flatten(1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convmae import MAE, AttentionStage, Classifier, ConvMAE, ConvStage, masking, targets
+from convmae import MAE, AttentionStage, Classifier, ConvMAE, ConvStage, masking, recipes, targets
 from convmae.nn.layers import DropPath
 from video import VideoConvMAE
 
@@ -477,3 +477,11 @@ def test_building_draws_no_mask_from_the_global_random_state() -> None:
             return torch.nn.utils.parameters_to_vector(builder.build().parameters()).detach()
 
     assert build(TINY.mask(masking.random(0.5))).equal(build(TINY.mask(masking.block(0.5, 2))))
+
+
+def test_the_recipe_of_fastconvmae_has_the_published_numbers() -> None:
+    run, plain = recipes.imagenet_fast_pretrain(), recipes.imagenet_pretrain()
+    assert (run.epochs, run.warmup_epochs, run.batch_size, run.base_lr) == (50, 10, 512, 6e-4)
+    assert run.model == ConvMAE.base().mask(masking.complementary(4))
+    assert (run.betas, run.weight_decay, run.min_lr) == (plain.betas, plain.weight_decay, plain.min_lr)
+    run.model.check()

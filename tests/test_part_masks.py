@@ -581,3 +581,9 @@ def test_samples_that_cannot_be_loaded_take_their_masks_with_them(tmp_path: Path
     fit(run)
     assert len(losses(run.folder)) == 4
     assert all(math.isfinite(loss) for loss in losses(run.folder))
+
+
+def test_such_builders_build_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = ConvMAE.base().mask(masking.complementary(4)).reconstruct_part(masking.running_cells(0.5)).build()
+    assert model.decoder.head.weight.is_meta

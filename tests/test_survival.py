@@ -338,6 +338,23 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path) -> None:
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_compiled_processes_learn_the_same(parallel: str, tmp_path: Path) -> None:
+    changes = {"model": tiny().drop_path(0), "epochs": 1, "parallel": parallel}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        codes, said = together(tmp_path / name, 2, compile=compiled, **changes)
+        assert codes == [0, 0], said
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+def test_a_deterministic_run_has_the_same_bits_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    list(steps(a_run(tmp_path / "free")))
+    list(steps(a_run(tmp_path / "fixed", deterministic=True)))
+    assert same(newest(tmp_path / "free")["weights"], newest(tmp_path / "fixed")["weights"])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 # --- whose folder it is -----------------------------------------------------------------------------------------------
 
 
