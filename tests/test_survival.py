@@ -341,7 +341,7 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_compiled_processes_learn_the_same(parallel: str, tmp_path: Path) -> None:
-    changes = {"model": tiny().drop_path(0), "epochs": 1, "parallel": parallel}
+    changes: dict[str, Any] = {"model": tiny().drop_path(0), "epochs": 1, "parallel": parallel}
     for name, compiled in (("eager", False), ("compiled", True)):
         codes, said = together(tmp_path / name, 2, compile=compiled, **changes)
         assert codes == [0, 0], said
