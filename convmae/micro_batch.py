@@ -255,7 +255,7 @@ class _Options:
         size: another size of the recipe's model: the trunk and decoder of that preset.
         input: another input size in pixels: one number for height and width, or all axes.
         recompute: recompute in the backward pass.
-        compile: torch.compile for the attention blocks; every trial compiles.
+        compile: torch.compile; every trial compiles, which takes a minute or more each.
         precision: of the forward. (default: the recipe's)
         at_most: samples; no more are tried. (default: the recipe's batch size)
         margin: the share of the free memory to leave.

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import tile_planes
 
-TRITON = importlib.util.find_spec("triton") is not None
+TRITON = importlib.util.find_spec("triton") is not None and torch.__version__ >= "2.8"
+"""Whether there is a Triton that the kernels can be written in: 3.4, which torch 2.8 brings, knows tuples."""
 
 
 def tile_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | None) -> Tensor:

@@ -223,11 +223,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | No
     layout = _Layout.of(x, weight)
     at_once, warps = _at_once(layout.channels, CHANNELS)
     if layout.blocks:
-        _convolve[layout.blocks, triton.cdiv(layout.channels, at_once)](
-            x, weight.flatten(1).t().contiguous(), bias, around, out, layout.channels, layout.shape,
-            around is not None, bias is not None, turned, _precise(x), at_once, layout.channels % at_once == 0,
-            num_warps=warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # kernels go to the current device
+            _convolve[layout.blocks, triton.cdiv(layout.channels, at_once)](
+                x, weight.flatten(1).t().contiguous(), bias, around, out, layout.channels, layout.shape,
+                around is not None, bias is not None, turned, _precise(x), at_once, layout.channels % at_once == 0,
+                num_warps=warps,
+            )  # fmt: skip
     return out
 
 
@@ -241,11 +242,12 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor 
     parts = max(1, min(triton.cdiv(PROGRAMS, programs), layout.blocks))
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = torch.empty(parts, taps, layout.channels, device=x.device, dtype=precise)
-    _weight_gradient[parts, triton.cdiv(layout.channels, at_once), lead](
-        x, gradient, around, sums, layout.channels, layout.blocks, triton.cdiv(layout.blocks, parts), layout.shape,
-        around is not None, _precise(x), at_once, layout.channels % at_once == 0,
-        num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _weight_gradient[parts, triton.cdiv(layout.channels, at_once), lead](
+            x, gradient, around, sums, layout.channels, layout.blocks, triton.cdiv(layout.blocks, parts), layout.shape,
+            around is not None, _precise(x), at_once, layout.channels % at_once == 0,
+            num_warps=warps,
+        )  # fmt: skip
     return sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()
 
 
