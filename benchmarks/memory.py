@@ -260,7 +260,7 @@ def main(options: Options) -> list[Row]:
         ValueError: there is no GPU, and the models are not the tiny ones.
     """
     console, progress = console_pair()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         if not options.quick:
             raise ValueError("a step's peak memory is measured on a GPU, and torch finds none here; --quick counts")

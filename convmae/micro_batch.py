@@ -222,6 +222,8 @@ def largest(
     if not 0 <= margin < 1:
         raise ValueError(f"margin is in [0, 1); got {margin!r}")
     device = torch.device("cuda" if run.device == "auto" else run.device)
+    if device.index is None:  # the memory of a device is limited by its number
+        device = torch.device("cuda", torch.cuda.current_device())
     limit = usable(device, margin)
     rehearsal: Rehearsal | None = None
     trials: list[Trial] = []

@@ -271,6 +271,19 @@ def test_the_tiles_around_are_those_of_a_loop(grid: tuple[int, ...], reach: tupl
     assert around.tolist() == expected
 
 
+def test_a_table_that_holds_other_numbers_is_worked_out_again() -> None:
+    """Compiled code writes into memory that it has done with: the same tensor, another mask."""
+    x, weight = torch.randn(1, 3, 2, 2, 4), torch.randn(4, 1, 3, 3)
+    first, second = (Shown((2, 3), torch.tensor([index])).around((1, 1)) for index in ([0, 1, 2], [0, 2, 4]))
+    assert first is not None
+    assert second is not None
+    expected = tile_convolution(x, weight, None, second)
+    before = tile_convolution(x, weight, None, first)
+    first.copy_(second)
+    assert not before.equal(expected)
+    assert tile_convolution(x, weight, None, first).equal(expected)
+
+
 def test_nothing_is_around_where_nothing_is_masked() -> None:
     assert Shown((2, 3)).around((1, 1)) is None
 

@@ -219,6 +219,8 @@ def _at_once(channels: int, most: int) -> tuple[int, int]:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | None, turned: bool) -> Tensor:
     """See `tile_convolution`; `turned` takes the kernel point-reflected."""
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    around = None if around is None else around.contiguous()
     out = torch.empty_like(x)
     layout = _Layout.of(x, weight)
     at_once, warps = _at_once(layout.channels, CHANNELS)
@@ -235,6 +237,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, around: Tensor | No
 def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, around: Tensor | None) -> Tensor:
     """Sums over parts of the blocks, added up in a second step: no atomic additions."""
     x, gradient = x.contiguous(), gradient.contiguous()
+    around = None if around is None else around.contiguous()
     layout = _Layout.of(x, weight)
     at_once, warps = _at_once(layout.channels, CHANNELS_OF_GRADIENT)
     lead, taps = layout.shape[5], math.prod(layout.shape[5:8])

@@ -158,14 +158,17 @@ class _Neighbours(NamedTuple):
 
 
 _known: Any = WeakTensorKeyDictionary()
-"""What was worked out for a tensor `around`, for as long as that lives: all blocks of a stage need the same."""
+"""What was worked out for a tensor `around`, and a copy of it: all blocks of a stage need the same.
+
+The copy tells when the tensor holds other numbers than it did, as where compiled code uses its memory again.
+"""
 
 
 def _neighbours(around: Tensor, tile: Grid, kernel: Grid) -> _Neighbours:
     tile, kernel = tuple(tile), tuple(kernel)
-    if around not in _known:
-        _known[around] = {}
-    found: dict[tuple[Grid, Grid], _Neighbours] = _known[around]
+    if around not in _known or not _known[around][0].equal(around):
+        _known[around] = (around.clone(), {})
+    found: dict[tuple[Grid, Grid], _Neighbours] = _known[around][1]
     if (tile, kernel) not in found:
         found[tile, kernel] = _find_neighbours(around, tile, kernel)
     return found[tile, kernel]
