@@ -79,6 +79,14 @@ class Step:
     optimised: bool = False
     graphs: bool = False
 
+    @classmethod
+    def on(cls, device: str, dtype: str | None, *, compiled: bool, **more: bool) -> Step:
+        """As options say: "auto" is the GPU if there is one; no dtype is float32 on the CPU, bfloat16 elsewhere."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+        return cls(device=device, dtype=precision, compiled=compiled, threads=torch.get_num_threads(), **more)
+
     def prepare(self, side: Side) -> nn.Module:
         """The side's module, on the device and compiled if so asked."""
         module = side.build().to(self.device)

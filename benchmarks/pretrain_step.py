@@ -29,7 +29,6 @@ from sides import Family, Side, base, installed, sides, tiny
 
 import convmae
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS: dict[Family, str] = {"video": "videomae", "image": "mae"}
 LIBRARIES = ("transformers", "timm", "triton")
 
@@ -69,16 +68,11 @@ class Options:
 
     def step(self) -> Step:
         """How a step is run."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        return Step(
-            device=device,
-            dtype=DTYPES[dtype],
+        return Step.on(
+            self.device,
+            self.dtype,
             compiled=self.compile or self.cuda_graphs,
             graphs=self.cuda_graphs,
-            threads=torch.get_num_threads(),
             optimised=self.optimiser,
         )
 

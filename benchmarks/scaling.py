@@ -76,11 +76,7 @@ class Options:
 
     def step(self) -> Step:
         """How a step is run."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = self.dtype or ("float32" if device == "cpu" else "bfloat16")
-        return Step(device=device, dtype=getattr(torch, dtype), compiled=self.compile, threads=torch.get_num_threads())
+        return Step.on(self.device, self.dtype, compiled=self.compile)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,7 +226,8 @@ class Models:
 def base() -> Models:
     """What the papers compare: Base, clips of 16 x 224 x 224 under tubes at 0.9, images of 224 x 224 at 0.75.
 
-    Hiera-B hides 0.9 of a clip's mask units and 0.6 of an image's, and its decoder is MAE's (Hiera, appendix).
+    Hiera-B hides 0.9 of a clip's mask units and 0.6 of an image's, and its decoder is MAE's: as we take it, not checked
+    against its paper.
     """
     clips, images = VideoConvMAE.base(), ConvMAE.base()
     hiera_b = partial(_hiera, dim=96, depths=(2, 3, 16, 3), decoder=Decoder(dim=512, depth=8, heads=16))

@@ -212,7 +212,7 @@ class MAE:
     def reconstruct_part(self: B, part: Part | None) -> B:
         """Decode a part of the hidden tokens in pretraining, as `masking.running_cells(0.5)`; None: all of them.
 
-        The decoder then sees the shown tokens and those it predicts alone (VideoMAE V2, section 3.2).
+        The decoder then sees the shown tokens and those it predicts alone (VideoMAE V2; arXiv 2303.16727).
         """
         _require(
             part is None or callable(part),

@@ -80,7 +80,7 @@ class Source(Protocol):
 class Batch(NamedTuple):
     """What the loader gives: n usable samples, and those that were not.
 
-    pixels uint8 `(n, 3, *size)`; labels `(n)`; mask boolean `(n, *grid)`, or None where none is drawn; skipped: the
+    pixels uint8 `(n, 3, *size)`; labels `(n)`; mask, as it was drawn, `(n * groups, *grid)`, or None; skipped: the
     errors of samples that could not be loaded. n can be 0: then pixels and mask are empty in their first axis.
     """
 
@@ -107,7 +107,7 @@ class Stream:
         batch_size: samples of a step over all processes.
         rank, world: this process and how many share a step; every step's samples are dealt out to them in turn.
         micro_batch: the most samples a process takes at once; None = its whole share of a step.
-        draw_mask: draws one mask `(1, *grid)` from a generator; None draws none.
+        draw_mask: draws a sample's mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
         detour: another number is another order, and other augmentation and masks, of the same samples.
     """
 

@@ -146,7 +146,8 @@ def show(mask: Tensor, grid: Sequence[int]) -> Shown:
     mask is: on the CPU, then, if a GPU is not to be waited for.
 
     Raises:
-        ValueError: the mask is neither, is not on the grid, or counts differ between samples.
+        ValueError: the mask is neither, is not on the grid, has other numbers or none to predict, or counts differ
+            between samples.
     """
     if (
         mask.dtype not in (torch.bool, torch.uint8)
@@ -157,6 +158,11 @@ def show(mask: Tensor, grid: Sequence[int]) -> Shown:
             f"mask must be boolean of shape (B, {', '.join(map(str, grid))}), True = hidden; "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
+    if mask.dtype == torch.uint8 and mask.numel() and (int(mask.max()) > 2 or not bool((mask == 1).any())):
+        raise ValueError(
+            "a uint8 mask has 0 where tokens are shown, 1 where they are hidden and predicted, 2 where they are left "
+            f"out, and some 1; got {sorted(set(mask.flatten().tolist()))}"
+        )
     decoded = _equally_many(mask == 1, "have equally many tokens to predict") if mask.dtype == torch.uint8 else None
     return Shown(tuple(grid), _equally_many(mask == 0, "show equally many tokens"), decoded)
 
@@ -166,7 +172,7 @@ def _equally_many(chosen: Tensor, what: str) -> Tensor:
     counts = chosen.flatten(1).sum(1)
     if len(counts) and not bool((counts == counts[0]).all()):
         raise ValueError(f"every sample must {what}; in this mask they have {counts.tolist()}")
-    return chosen.flatten(1).nonzero()[:, 1].view(len(chosen), -1)
+    return chosen.flatten(1).nonzero()[:, 1].view(len(chosen), int(counts[0]) if len(counts) else 0)
 
 
 def _coordinates(index: Tensor, grid: Grid) -> tuple[Tensor, ...]:

@@ -132,8 +132,7 @@ class ComplementaryMasking:
     """Deals all blocks of tokens out to several masks, each of which shows its own and hides the others' (FastConvMAE).
 
     A step then makes so many reconstructions of each sample from one set of pixels. Every cell of the convolution
-    stages is shown in exactly one of them and is computed once: four masks cost the encoder as much as one that hides
-    nothing, the decoder as much as four.
+    stages is shown in exactly one of them and is computed once; attention and decoder run for each mask.
 
     Args:
         groups: the masks of a sample, 2 or more; the share hidden is 1 - 1 / groups.
@@ -180,9 +179,9 @@ class ComplementaryMasking:
 class RunningCells:
     """Which hidden tokens the decoder predicts: in every 2 x 2 tokens some, and others at the next time step.
 
-    After the decoder masking of VideoMAE V2 (section 3.2). The places that are kept go round the cell in time, from one
-    drawn for each sample; that the start is drawn is ours, so that no token is never predicted. Where the mask leaves
-    the cells uneven, tokens drawn from the others make up the number.
+    After the decoder masking of VideoMAE V2 (arXiv 2303.16727). The places that are kept go round the cell in time,
+    from one drawn for each sample; that the start is drawn is ours, so that no token is never predicted. Where the mask
+    leaves the cells uneven, tokens drawn from the others make up the number.
 
     Args:
         keep: the share of hidden tokens to predict, between 0 and 1.
@@ -216,6 +215,14 @@ class RunningCells:
         noise = torch.rand(order.shape, generator=generator, device="cpu")
         chosen = (order + noise).argsort(dim=1)[:, :count]
         return (2 * hidden.to(torch.uint8)).scatter(1, chosen, 1).view_as(mask)
+
+
+def draw(
+    masking: Masking, part: Part | None, batch: int, grid: tuple[int, ...], generator: torch.Generator | None = None
+) -> Tensor:
+    """Masks `(batch * groups, *grid)` on the CPU, as `grids.show` takes them: uint8 where a part is predicted."""
+    mask = masking(batch, grid, generator)
+    return mask if part is None else part(mask, generator)
 
 
 def random(ratio: float, *, rounding: Rounding = "keep") -> BlockMasking:

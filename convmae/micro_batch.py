@@ -258,8 +258,8 @@ class _Options:
         input: another input size in pixels: one number for height and width, or all axes.
         recompute: recompute in the backward pass.
         compile: torch.compile; every trial compiles, which takes a minute or more each.
-        precision: of the forward. (default: the recipe's)
-        at_most: samples; no more are tried. (default: the recipe's batch size)
+        precision: of the forward; None: the recipe's.
+        at_most: samples; no more are tried. None: the recipe's batch size.
         margin: the share of the free memory to leave.
     """
 

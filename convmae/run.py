@@ -64,7 +64,7 @@ class Pretrain:
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
         compile: torch.compile for forward and backward, under fsdp for their blocks: minutes before the first step.
-        deterministic: no kernels that add up in changing order, so that a GPU too gives the same bits every time.
+        deterministic: no kernels that add up in changing order, for the same bits every time on a GPU too.
         checkpoint_minutes: time between checkpoints; 0: after every step.
         checkpoint_steps: steps between checkpoints, beside the time; None: by time alone.
         keep_last: how many of the newest checkpoints are kept.

@@ -2,7 +2,7 @@
 
 The loop asks little of a model: masks to draw, and `model(x, mask=mask)` giving a dict with a scalar `loss`. A run
 lives in its folder, and running it again goes on from the newest checkpoint there: on the same number of processes
-with the same bits as if it had never stopped: always on the CPU, on GPUs with `deterministic`.
+with the same bits as if it had never stopped: on the CPU, and on GPUs as far as `deterministic` goes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from . import masking
 from .data import Batch, Samples, Stream, UnusableFileError, generator
 from .distributed import World, join, synchronised
 from .grids import Shown
@@ -366,8 +367,7 @@ class _DrawMask:
         self.masking, self.part, self.grid = model.masking, model.part, model.trunk.grid
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        mask = self.masking(1, self.grid, generator)
-        return mask if self.part is None else self.part(mask, generator)
+        return masking.draw(self.masking, self.part, 1, self.grid, generator)
 
 
 def autocast(run: Pretrain, device: torch.device) -> Any:

@@ -98,7 +98,7 @@ def test_a_rehearsal_takes_steps_that_teach_nothing(tmp_path: Path, recompute: b
 
 def test_without_a_gpu_there_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("the error of machines without a GPU")
     assert micro_batch.main(["convmae.recipes:imagenet_pretrain", "--size", "large", "--recompute"]) == 2
     assert "a GPU" in capsys.readouterr().err
     assert micro_batch.main(["convmae.recipes:no_such"]) == 2

@@ -587,3 +587,16 @@ def test_such_builders_build_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = ConvMAE.base().mask(masking.complementary(4)).reconstruct_part(masking.running_cells(0.5)).build()
     assert model.decoder.head.weight.is_meta
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (0, 255), (0, 1, 7)], ids=str)
+def test_a_uint8_mask_of_other_numbers_is_refused(numbers: tuple[int, ...]) -> None:
+    mask = torch.tensor(numbers, dtype=torch.uint8).repeat(2, 4, 4)[:, :4, :4]
+    with pytest.raises(ValueError, match="a uint8 mask has 0 where tokens are shown"):
+        show(mask, (4, 4))
+
+
+def test_no_samples_are_refused_in_words() -> None:
+    model = build(IMAGE)
+    with pytest.raises(ValueError, match="the mask shows 0 of"):
+        model(torch.zeros(0, 3, *IMAGE.size, dtype=torch.float64))

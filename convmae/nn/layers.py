@@ -34,7 +34,7 @@ class Pointwise(nn.Linear):
 
 
 class PatchConvolution(nn.Module):
-    """A convolution whose kernel is its stride: `(B, V, *(t·stride), C) -> (B, V, *t, D)`."""
+    """A convolution whose kernel is its stride: `(R, V, *(t·stride), C) -> (R, V, *t, D)`."""
 
     def __init__(self, channels: int, dim: int, stride: Sequence[int]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PatchConvolution(nn.Module):
         _reset_as_convolution(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x (B, V, *(t·stride), C) -> (B, V, *t, D)`."""
+        """`x (R, V, *(t·stride), C) -> (R, V, *t, D)`."""
         axes = len(self.stride)
         cells = cut(x, self.stride, first=2).flatten(2 + axes)
         return F.linear(cells, self.weight.movedim(1, -1).flatten(1), self.bias)

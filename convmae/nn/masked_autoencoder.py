@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grids import Grid, Shown, assemble, patches
-from ..masking import Masking, Part
+from ..masking import Masking, Part, draw
 from ..targets import Target, normalize
 from .layers import ATTENTION_EPS, AttentionBlock, PatchConvolution
 from .positions import sincos
@@ -92,11 +92,10 @@ class MaskedAutoencoder(nn.Module):
 
         R is the batch, times the masking's groups. Where the decoder predicts a part, uint8 as `grids.show` takes it.
         """
-        mask = self.masking(batch, self.trunk.grid, generator)
-        return mask if self.part is None else self.part(mask, generator)
+        return draw(self.masking, self.part, batch, self.trunk.grid, generator)
 
     def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
-        """Pixels `(B, C, *size)` to the latent `(B, V, D)` of shown tokens, and the class token `(B, 1, D)` or None."""
+        """Pixels `(B, C, *size)` to the latent `(R, V, D)` of shown tokens, and the class token `(R, 1, D)` or None."""
         maps, class_token = self.trunk(x, shown)
         latent = maps[-1]
         for convolution, finer in zip(self.fusion, maps, strict=False):

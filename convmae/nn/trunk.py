@@ -16,7 +16,7 @@ from .tile_convolution import reach
 
 
 class Features(NamedTuple):
-    """What a trunk gives: each stage's map `(B, V, *tile, C)`, and the class token `(B, 1, D)` if there is one."""
+    """What a trunk gives: each stage's map `(R, V, *tile, C)`, and the class token `(R, 1, D)` if there is one."""
 
     maps: list[Tensor]
     class_token: Tensor | None
@@ -48,7 +48,7 @@ class ConvolutionStage(nn.Module):
         self.blocks = nn.ModuleList([ConvolutionBlock(dim, kernel, mlp_ratio, rate) for rate in drop_path])
 
     def forward(self, x: Tensor, shown: Shown) -> Tensor:
-        """`x (B, V, *(tile·stride), C) -> (B, V, *tile, D)`."""
+        """`x (R, V, *(tile·stride), C) -> (R, V, *tile, D)`."""
         x = self.activation(self.norm(self.embedding(x)))
         around = shown.around(reach(tuple(x.shape[2:-1]), self.kernel))
         for block in self.blocks:
@@ -86,7 +86,7 @@ class AttentionStage(nn.Module):
         self.blocks = nn.ModuleList([AttentionBlock(dim, heads, mlp_ratio, rate) for rate in drop_path])
 
     def forward(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
-        """`x (B, V, *(tile·stride), C) -> (B, V, *tile, D)` and the class token `(B, 1, D)` or None."""
+        """`x (R, V, *(tile·stride), C) -> (R, V, *tile, D)` and the class token `(R, 1, D)` or None."""
         x = self.linear(self.activation(self.norm(self.embedding(x))))
         x = x + shown.take(self.positions.unsqueeze(0))
         tokens = x.flatten(1, -2)
