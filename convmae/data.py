@@ -6,24 +6,34 @@ model's input size it gives *samples*, which load one at a time. `Stream` turns 
 What is drawn never depends on the number of processes, of loader workers, or on what was drawn before: the order of
 an epoch follows from (seed, epoch), a sample's augmentation and mask from (seed, epoch, sample index), alone. So a run
 may stop and go on anywhere, and its global batches are the same on any number of nodes.
+
+Decoders crash and hang on some files. A loader process that dies, or takes too long, over a sample is replaced, and the
+sample counts as one that cannot be loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
+import math
 import multiprocessing
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+_log = logging.getLogger(__name__)
 
 UNLABELLED = -1
+StartMethod = Literal["fork", "forkserver", "spawn"]
 
 
 class UnusableFileError(Exception):
@@ -38,15 +48,29 @@ class UnusableFileError(Exception):
         return f"{self.name}: {self.reason}"
 
 
+class Packed(NamedTuple):
+    """A file that lies inside another, as in a shard: what the log should call it, and its bytes."""
+
+    name: str
+    data: bytes
+
+
 class Sample(NamedTuple):
-    """One loaded sample: pixels uint8 `(3, *size)` in RGB, and its class, or `UNLABELLED`."""
+    """One loaded sample: pixels uint8 `(3, *size)` in RGB, and its class, or `UNLABELLED`.
+
+    Where a sample gives several clips at once, pixels are `(repeats, 3, *size)`.
+    """
 
     pixels: Tensor
     label: int = UNLABELLED
 
 
 class Samples(Protocol):
-    """An opened source. It must pickle (loader workers get a copy) and hold no open file."""
+    """An opened source. It must pickle (loader workers get a copy) and hold no open file.
+
+    It may also have a number `repeats`, of clips that each of its samples gives, and a method `order(generator)` that
+    returns the order of an epoch, a permutation of all indices as an int64 tensor; else they are shuffled uniformly.
+    """
 
     def __len__(self) -> int: ...
 
@@ -96,19 +120,31 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(high ^ low) & (2**63 - 1))
 
 
+def repeats(samples: Samples) -> int:
+    """How many clips each of the samples gives."""
+    return int(getattr(samples, "repeats", 1))
+
+
 @dataclass(frozen=True)
 class Stream:
     """The samples of a run in order: number n is the `n mod len`-th of epoch `n // len`, shuffled anew each epoch.
+
+    Where each sample gives `repeats` clips, a batch holds all of them: batch_size counts clips, and an epoch is a pass
+    over the samples, of `len * repeats` clips.
 
     Args:
         samples: the opened source.
         size: of the input in pixels, `(H, W)` or `(T, H, W)`.
         seed: of the run.
-        batch_size: samples of a step over all processes.
+        batch_size: of a step over all processes.
         rank, world: this process and how many share a step; every step's samples are dealt out to them in turn.
-        micro_batch: the most samples a process takes at once; None = its whole share of a step.
-        draw_mask: draws a sample's mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
+        micro_batch: the most that a process takes at once; None = its whole share of a step.
+        draw_mask: draws a mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
         detour: another number is another order, and other augmentation and masks, of the same samples.
+        blamed: samples over which a loader process died, and how; they are not tried again.
+
+    Raises:
+        ValueError: batch_size or micro_batch is not a multiple of the samples' repeats.
     """
 
     samples: Samples
@@ -120,25 +156,41 @@ class Stream:
     micro_batch: int | None = None
     draw_mask: Callable[[torch.Generator], Tensor] | None = None
     detour: int = 0
+    blamed: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        times = repeats(self.samples)
+        for name, number in (("batch_size", self.batch_size), ("micro_batch", self.micro_batch or times)):
+            if number % times:
+                raise ValueError(f"{name}={number} is not a multiple of the data's repeats={times}: clips of a sample")
+
+    @property
+    def drawn(self) -> int:
+        """Samples drawn for a step, each of which gives `repeats` of its batch."""
+        return self.batch_size // repeats(self.samples)
 
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""
-        return max(1, round(epochs * len(self.samples) / self.batch_size))
+        return max(1, round(epochs * len(self.samples) / self.drawn))
 
     def share(self, step: int) -> list[list[int]]:
         """The sample numbers this process takes in a step, by micro-batch.
 
         All processes have equally many micro-batches, as sharded models need; so the last of some may be empty.
         """
-        first = step * self.batch_size
-        own = range(first + self.rank, first + self.batch_size, self.world)
-        most = -(-self.batch_size // self.world)
-        size = self.micro_batch or most
+        first = step * self.drawn
+        own = range(first + self.rank, first + self.drawn, self.world)
+        most = -(-self.drawn // self.world)
+        size = self.micro_batch // repeats(self.samples) if self.micro_batch else most
         return [list(own[at : at + size]) for at in range(0, most, size)]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, by index, as they are taken."""
-        return torch.randperm(len(self.samples), generator=generator(self.seed, 0, epoch, self.detour))
+        random = generator(self.seed, 0, epoch, self.detour)
+        if hasattr(self.samples, "order"):
+            order: Tensor = self.samples.order(random)
+            return order
+        return torch.randperm(len(self.samples), generator=random)
 
     def named(self, numbers: Iterable[int]) -> list[str]:
         """The samples behind sample numbers, by name."""
@@ -151,30 +203,138 @@ class Stream:
         return names
 
     def batches(
-        self, start: int, stop: int, *, workers: int, pin_memory: bool = False
+        self,
+        start: int,
+        stop: int,
+        *,
+        workers: int,
+        pin_memory: bool = False,
+        seconds: float = math.inf,
+        method: StartMethod | None = None,
     ) -> Generator[list[Batch], None, None]:
-        """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one)."""
+        """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one).
+
+        A loader process that dies over a sample, or takes longer for it than so many seconds, is replaced, and the
+        sample is among `skipped` from then on. Loading in this process knows no such limit.
+
+        Args:
+            start, stop: the first step, counted from 0, and the one after the last.
+            workers: loader processes.
+            pin_memory: put batches where a GPU fetches them from faster.
+            seconds: the longest time for one sample.
+            method: how loader processes are started; None: as Python does on this system.
+
+        Raises:
+            RuntimeError: a loader process died over no sample, or too many have died.
+        """
+        deaths = 0
+        while start < stop:
+            with _Crew(self, start, stop, workers, pin_memory, seconds, method) as crew:
+                for batches in crew.arriving():
+                    start += 1
+                    yield batches
+                if not crew.lost:
+                    continue
+                deaths += sum(death.crashed for death in crew.lost)
+                for death in crew.lost:
+                    self.blamed[death.index] = death.how
+                    _log.warning("%s: %s; its loader process is replaced", self.samples.name(death.index), death.how)
+            if deaths > MOST_DEATHS:
+                raise RuntimeError(
+                    f"{deaths} loader processes have died; the last over {self.samples.name(death.index)}, which "
+                    f"{death.how}. Is memory short (fewer --workers), or a decoder broken (another reader)?"
+                )
+
+
+MOST_DEATHS = 20
+"""Loader processes that may die in a run: damaged files are rare, and so many deaths have another cause."""
+
+
+class _Death(NamedTuple):
+    """A loader process that died over a sample."""
+
+    index: int
+    how: str
+    crashed: bool
+
+
+class _Crew:
+    """Loader processes for some steps, and what they are busy with; a context manager that ends them."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        start: int,
+        stop: int,
+        workers: int,
+        pin_memory: bool,
+        seconds: float,
+        method: StartMethod | None,
+    ) -> None:
+        self.stream, self.steps, self.seconds = stream, range(start, stop), seconds
+        self.desks = torch.full((workers, 2), -1, dtype=torch.float64).share_memory_()
+        self.lost: list[_Death] = []
+        self.late: dict[int, int] = {}
+        self.closed = threading.Event()
         loader: DataLoader[Any] = DataLoader(
-            _Numbered(self),
-            batch_sampler=_Numbers(self, start, stop),
+            _Numbered(stream, self.desks),
+            batch_sampler=_Numbers(stream, start, stop),
             num_workers=workers,
-            collate_fn=_Collate(self),
+            collate_fn=_Collate(stream),
             pin_memory=pin_memory,
             worker_init_fn=_as_a_worker if workers else None,
-            persistent_workers=False,
+            multiprocessing_context=method if workers else None,
         )
-        others = set(multiprocessing.active_children())
-        arriving: Any = iter(loader)
-        ours = set(multiprocessing.active_children()) - others
-        try:
-            for step in range(start, stop):
-                yield [next(arriving) for _ in self.share(step)]
-        finally:
-            if ours:
-                # An error's traceback would keep them alive, and Python waits for them before it ends.
-                arriving._shutdown_workers()
-            for worker in ours:  # asked kindly, they would not hear it; one may be stuck in a file
-                worker.kill()
+        others, alarm = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        self.iterator: Any = iter(loader)
+        self.workers: list[Any] = getattr(self.iterator, "_workers", [])
+        self.processes = set(multiprocessing.active_children()) - others
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch would raise from a signal handler, in the middle of whatever goes on, when a worker dies
+            signal.signal(signal.SIGCHLD, alarm or signal.SIG_DFL)
+        if workers and seconds < math.inf:
+            threading.Thread(target=self._end_the_late, daemon=True).start()
+
+    def arriving(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, until all have come, or a loader process was lost over a sample."""
+        for step in self.steps:
+            try:
+                batches = [next(self.iterator) for _ in self.stream.share(step)]
+            except RuntimeError:
+                self.lost = [death for worker in range(len(self.workers)) if (death := self._death(worker))]
+                if not self.lost:
+                    raise
+                return
+            yield batches
+
+    def _death(self, worker: int) -> _Death | None:
+        """How a loader process died over a sample, if it did."""
+        if worker in self.late:
+            return _Death(self.late[worker], f"took more than {self.seconds:g} s to load", crashed=False)
+        index, code = int(self.desks[worker, 0]), self.workers[worker].exitcode
+        if index < 0 or code is None:
+            return None
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return _Death(index, f"ended the process that loaded it ({how})", crashed=True)
+
+    def _end_the_late(self) -> None:
+        while not self.closed.wait(min(1.0, self.seconds / 4)):
+            now = time.monotonic()
+            for worker, (index, began) in enumerate(self.desks.tolist()):
+                if index >= 0 and now - began > self.seconds and self.workers[worker].exitcode is None:
+                    self.late[worker] = int(index)
+                    self.workers[worker].kill()
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed.set()
+        for process in self.processes:  # asked kindly, they would not hear it; one may be stuck in a file
+            process.kill()
+        if self.workers:
+            # An error's traceback would keep them alive, and Python waits for them before it ends.
+            self.iterator._shutdown_workers()
 
 
 class _Numbers(Sampler[list[tuple[int, int]]]):
@@ -197,17 +357,33 @@ class _Numbers(Sampler[list[tuple[int, int]]]):
 
 
 class _Numbered(Dataset[Any]):
-    """Loads a sample with the randomness of its epoch."""
+    """Loads a sample with the randomness of its epoch, and says meanwhile at which it is."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, desks: Tensor) -> None:
+        self.stream, self.desks = stream, desks
 
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Sample, Tensor | None] | UnusableFileError:
         epoch, index = pair
-        random = generator(self.stream.seed, 1, epoch, index, self.stream.detour)
-        mask = None if self.stream.draw_mask is None else self.stream.draw_mask(random)
+        if index in self.stream.blamed:
+            return UnusableFileError(self.stream.samples.name(index), self.stream.blamed[index])
+        worker = get_worker_info()
+        if worker is None:
+            return self._load(epoch, index)
+        desk = self.desks[worker.id]
+        desk[1] = time.monotonic()
+        desk[0] = index
         try:
-            return self.stream.samples.load(index, random), mask
+            return self._load(epoch, index)
+        finally:
+            desk[0] = -1
+
+    def _load(self, epoch: int, index: int) -> tuple[Sample, Tensor | None] | UnusableFileError:
+        stream = self.stream
+        random = generator(stream.seed, 1, epoch, index, stream.detour)
+        draw, count = stream.draw_mask, repeats(stream.samples)
+        mask = None if draw is None else torch.cat([draw(random) for _ in range(count)])
+        try:
+            return stream.samples.load(index, random), mask
         except UnusableFileError as problem:
             return problem
 
@@ -221,15 +397,17 @@ class _Collate:
     def __call__(self, loaded: list[tuple[Sample, Tensor | None] | UnusableFileError]) -> Batch:
         skipped = [item for item in loaded if isinstance(item, UnusableFileError)]
         usable = [item for item in loaded if not isinstance(item, UnusableFileError)]
-        pixels = [sample.pixels for sample, _ in usable]
+        shape, count = (-1, 3, *self.stream.size), repeats(self.stream.samples)
         masks = [mask for _, mask in usable if mask is not None]
         if usable:
-            stacked, mask = torch.stack(pixels), torch.cat(masks) if masks else None
+            pixels = torch.stack([sample.pixels for sample, _ in usable]).reshape(shape)
+            mask = torch.cat(masks) if masks else None
         else:
-            stacked = torch.empty(0, 3, *self.stream.size, dtype=torch.uint8)
+            pixels = torch.empty(0, *shape[1:], dtype=torch.uint8)
             drawn = None if self.stream.draw_mask is None else self.stream.draw_mask(generator(0))
             mask = None if drawn is None else drawn[:0]
-        return Batch(stacked, torch.tensor([sample.label for sample, _ in usable], dtype=torch.long), mask, skipped)
+        labels = torch.tensor([sample.label for sample, _ in usable for _ in range(count)], dtype=torch.long)
+        return Batch(pixels, labels, mask, skipped)
 
 
 def _as_a_worker(worker: int) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import warnings
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from convmae.data import UNLABELLED, Sample, UnusableFileError
+from convmae.data import UNLABELLED, Packed, Sample, UnusableFileError
 from convmae.demo import make
 
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -178,7 +179,7 @@ class ImageSamples:
         return Sample(pixels.contiguous(), self.listing.labels[index])
 
 
-def read(path: str | Path) -> Tensor:
+def read(file: str | Path | Packed) -> Tensor:
     """Read an image as RGB pixels uint8 `(3, h, w)`, turned upright as its EXIF data say.
 
     Grey, palette and CMYK images become RGB; what is transparent becomes white.
@@ -190,12 +191,13 @@ def read(path: str | Path) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(file.data) if isinstance(file, Packed) else file) as image:
                 upright = ImageOps.exif_transpose(image)
                 pixels = np.array(_rgb(upright))
     # One file's trouble must not end a run, and decoders raise almost anything on damaged data.
     except Exception as error:
-        raise UnusableFileError(str(path), _reason(path, error)) from error
+        name, size = (file.name, len(file.data)) if isinstance(file, Packed) else (str(file), _size(file))
+        raise UnusableFileError(name, _reason(size, error)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -208,10 +210,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _size(path: str | Path) -> int | None:
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def _reason(size: int | None, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
+    if size == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or its header is damaged"

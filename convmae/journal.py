@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import pictures, report, snapshot
 from .builders import MAE
-from .data import UnusableFileError, generator
+from .data import Stream, generator, repeats
 from .files import append_line, lines, write_whole
 from .progress import Progress, Start, Step
 from .run import Pretrain
@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 SHOWN = ("loss", "learning_rate", "gradient_norm", "bad_steps", "samples_per_second", "data_wait", "skipped")
 STRIPS = 4  # samples in a picture
+OTHER_ORDER = 2**31  # of the samples for pictures: a detour that no run takes
 PAGE_SECONDS = 30  # least time between two writings of the page, longer where they take long
 
 
@@ -168,7 +169,7 @@ class Journal:
             "step": number,
             "steps": self.start.total,
             "since": window.since,
-            "epoch": round(number * self.run.batch_size / len(self.start.samples), 4),
+            "epoch": round(number * self.run.batch_size / self.start.epoch, 4),
             "samples": number * self.run.batch_size,
             "loss": window.loss / window.samples if window.samples else None,
             "learning_rate": self.run.rate(number - 1, self.start.total),
@@ -273,16 +274,20 @@ class _Gallery:
             self.x, self.mask = start.world.tell(self._choose) if _needs_all(start) else self._choose()
 
     def _choose(self) -> tuple[Tensor | None, Tensor | None]:
-        samples, model, seed = self.start.samples, self.start.model, self.start.run.seed
-        chosen = []
-        for place in torch.randperm(len(samples), generator=generator(seed, 2)).tolist():
-            with contextlib.suppress(UnusableFileError):
-                chosen.append(samples.load(place, generator(seed, 3, place)).pixels)
-            if len(chosen) == STRIPS:
-                break
+        run, samples, model = self.start.run, self.start.samples, self.start.model
+        stream = Stream(samples, run.model.size, run.seed, batch_size=repeats(samples), detour=OTHER_ORDER)
+        loaded = stream.batches(
+            0, len(samples), workers=min(run.workers, 1), seconds=run.sample_seconds, method=run.worker_start
+        )
+        chosen: list[Tensor] = []
+        with contextlib.closing(loaded):
+            for [batch] in loaded:
+                chosen += batch.pixels[:1]
+                if len(chosen) == STRIPS:
+                    break
         if not chosen:
             return None, None
-        masks = model.masking(len(chosen), model.trunk.grid, generator(seed, 4))
+        masks = model.masking(len(chosen), model.trunk.grid, generator(run.seed, 4))
         return normalize(torch.stack(chosen)), masks[:: len(masks) // len(chosen)]
 
     def draw(self, stem: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .data import Samples, UnusableFileError
+from .data import Samples, UnusableFileError, repeats
 from .distributed import World
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .run import Pretrain
@@ -82,6 +82,11 @@ class Start:
     total: int
     progress: Progress
 
+    @property
+    def epoch(self) -> int:
+        """What an epoch gives: one for each sample, or several where samples give several."""
+        return len(self.samples) * repeats(self.samples)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -122,4 +127,4 @@ class Step:
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
-        return self.number * self.start.run.batch_size / len(self.start.samples)
+        return self.number * self.start.run.batch_size / self.start.epoch

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .builders import MAE
-from .data import Source
+from .data import Source, StartMethod
 from .optimisation import learning_rate
 from .plain import from_plain, to_plain
 from .run_folder import in_use, kept_run
@@ -20,6 +20,8 @@ FREE = (
     "epochs",
     "folder",
     "workers",
+    "worker_start",
+    "sample_seconds",
     "micro_batch",
     "device",
     "parallel",
@@ -60,6 +62,8 @@ class Pretrain:
         precision: "auto" is bfloat16 autocast on GPUs that have it, float32 elsewhere.
         micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
         workers: loader processes of each training process.
+        worker_start: how they are started; None: as Python does on this system.
+        sample_seconds: a loader process that takes longer for a sample is replaced, and the sample skipped.
         device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
@@ -96,6 +100,8 @@ class Pretrain:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     micro_batch: int | None = None
     workers: int = 8
+    worker_start: StartMethod | None = None
+    sample_seconds: float = 120
     device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     recompute: bool = False
@@ -132,6 +138,7 @@ class Pretrain:
                 ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
                 ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
                 ("workers", "0 or more", self.workers >= 0),
+                ("sample_seconds", "positive", self.sample_seconds > 0),
                 ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
                 ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
                 ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),

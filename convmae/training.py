@@ -177,7 +177,15 @@ class Session:
     def _along(self, stream: Stream) -> Iterator[Step]:
         """Steps along one order of the data: to the end, to a request to stop, or to where the run goes back."""
         on_gpu = self.world.device.type == "cuda"
-        batches = stream.batches(self.progress.step, self.start.total, workers=self.run.workers, pin_memory=on_gpu)
+        run = self.run
+        batches = stream.batches(
+            self.progress.step,
+            self.start.total,
+            workers=run.workers,
+            pin_memory=on_gpu,
+            seconds=run.sample_seconds,
+            method=run.worker_start,
+        )
         with closing(batches) as arriving:
             while True:
                 self.watchdog.beat()
@@ -297,7 +305,7 @@ class Session:
         progress.skipped += len(skipped)
         progress.seconds += seconds
         progress.unusable = 0 if done.samples else progress.unusable + run.batch_size
-        if progress.unusable >= len(self.stream.samples):
+        if progress.unusable >= self.start.epoch:
             raise ValueError(f"no sample could be loaded in a whole epoch; the last: {skipped[-1]}")
         if progress.window.closed:
             progress.window = Window(since=progress.step)

@@ -1,0 +1,144 @@
+"""Reading frames of a video: the same indices give the same frames, whichever reader serves them.
+
+A reader is asked for the frames that make a clip, and gives these or refuses; what it refuses goes to the next:
+
+- decord, first where it is installed. Not for: frames cut off by an edit list, which it counts; AV1; mp4 files cut
+  short. Damage that it meets makes it give up, too.
+- PyAV, for all others, and for all where it is chosen. It finds frames by the times of their packets; in AVI, which has
+  none, it counts from the start. Where a file breaks off or is damaged, the video counts as ending there.
+- torchcodec, where it is chosen. Not for: AVI, on which it can be off by one.
+- folders of frames.
+
+Nothing stays open between two reads, and all decode in one thread: an idle decord reader goes on decoding into memory,
+and a reader carried into a forked worker returns wrong frames, or hangs. Damage that the codec conceals goes unnoticed
+with any of them; `python -m video.scan` finds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from convmae.data import Packed, UnusableFileError
+
+from . import decord, torchcodec
+from .decord import Decord
+from .frame_folder import FrameFolder
+from .protocol import Choose, Frames, Opened, OverpromisedError, Reader, Size, Track, Video, name_of, one_line
+from .pyav import PyAV
+from .torchcodec import TorchCodec
+
+__all__ = ["Choose", "Choice", "Frames", "Opened", "Reader", "Size", "Track", "Video", "installed", "read", "readers"]
+
+Choice = Literal["auto", "decord", "pyav", "torchcodec"]
+
+log = logging.getLogger(__name__)
+
+
+def installed() -> list[Choice]:
+    """The readers that are there, as one may choose them."""
+    return [
+        *(["decord"] if decord.module() is not None else []),
+        "pyav",
+        *(["torchcodec"] if torchcodec.module() is not None else []),
+    ]
+
+
+def readers(choice: Choice = "auto") -> list[Reader]:
+    """The readers that are asked in turn for the videos of files.
+
+    Raises ValueError for one that is not there.
+    """
+    if choice not in ("auto", *(there := installed())):
+        raise ValueError(f"reader={choice!r} is not installed; here are {', '.join(['auto', *there])}")
+    first = {"decord": [Decord()], "pyav": [], "torchcodec": [TorchCodec()], "auto": [Decord()]}[choice]
+    return [*([] if choice == "auto" and "decord" not in there else first), PyAV()]
+
+
+def read(
+    video: str | Path | Packed, choose: Choose, *, short_side: int | None = None, reader: Choice = "auto"
+) -> Frames:
+    """Read frames of a video, RGB uint8 `(T, H, W, 3)`, upright as the file's rotation says.
+
+    `choose` is given the `Track` and returns the indices to read, in any order, repeats allowed. Where a reader gives
+    up, or the video turns out to be shorter than its header promised, it is called again, and must answer equal tracks
+    equally. A file whose short side is at least twice `short_side`, in pixels, is scaled down to `short_side` while
+    decoding; others come in their own size.
+
+    Raises `UnusableFileError`, with a reason in one line, for whatever cannot be read, and for a video of a single
+    frame: that is a picture. Raises ValueError for a reader that is not installed.
+    """
+    video = str(video) if isinstance(video, Path) else video
+    in_turn = readers(reader)
+    # Decoders raise almost anything on damaged data, MemoryError included, and one file must not end a run.
+    try:
+        if isinstance(video, str) and os.path.isdir(video):
+            in_turn = [FrameFolder()]
+        elif (len(video.data) if isinstance(video, Packed) else os.stat(video).st_size) == 0:
+            raise UnusableFileError(name_of(video), "empty file")
+        for reader_, others in zip(in_turn, range(len(in_turn) - 1, -1, -1), strict=True):
+            try:
+                return _read(reader_, video, choose, short_side)
+            except UnusableFileError:
+                raise
+            except Exception as error:
+                if not others:
+                    raise
+                log.debug("%s: %s gives up (%s), trying PyAV", name_of(video), reader_.name, one_line(error))
+                _say_that_pyav_helps(reader_.name)
+    except UnusableFileError:
+        raise
+    except Exception as error:
+        raise UnusableFileError(name_of(video), _reason(error)) from error
+    raise AssertionError("the last reader returns or raises")
+
+
+def _read(reader: Reader, video: Video, choose: Choose, short_side: int | None) -> Frames:
+    with reader.open(video) as opened:
+        track = opened.track
+        while track.frames > 1:
+            indices, places = _distinct(choose(track), track.frames)
+            try:
+                return opened.take(indices, _shrunk(track.height, track.width, short_side))[places]
+            except OverpromisedError as found:
+                assert found.frames < track.frames
+                track = track._replace(frames=found.frames)
+    if track.frames:
+        raise UnusableFileError(name_of(video), "holds a single frame: a picture, not a video")
+    raise UnusableFileError(name_of(video), "no frame can be decoded: the file is cut short or damaged")
+
+
+@functools.cache
+def _say_that_pyav_helps(reader: str) -> None:
+    log.info("%s cannot read some of the files: PyAV reads those (debug messages name them)", reader)
+
+
+def _distinct(chosen: Sequence[int], count: int) -> tuple[list[int], NDArray[np.intp]]:
+    """The chosen indices, rising and each once, and where in them each chosen one is."""
+    indices, places = np.unique(np.asarray(chosen), return_inverse=True)
+    assert 0 <= indices[0] <= indices[-1] < count, f"{indices} of {count} frames"
+    return indices.tolist(), places
+
+
+def _shrunk(height: int, width: int, short_side: int | None) -> Size | None:
+    """Size to decode to; None to keep it: below twice the need, opening again costs what scaling saves."""
+    if short_side is None or min(height, width) < 2 * short_side:
+        return None
+    scale = short_side / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, av.error.InvalidDataError | MemoryError):
+        return "not a video, or its header is lost or damaged (a file cut short?)"
+    return f"cannot be read ({one_line(error)})"

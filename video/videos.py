@@ -1,0 +1,227 @@
+"""Clips from video files: a source says where the videos are, which frames make a clip, and what is cut out of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convmae import manifest
+from convmae.augmentation import Augment
+from convmae.data import Packed, Sample
+from convmae.images import IMAGE_SUFFIXES, Crop
+from convmae.listing import Listing, listing
+from video import lists, readers
+from video.clips import Dense, MultiScaleCrop, Sampling
+from video.demo import make
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = frozenset(
+    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """How clips are made of a video: what all sources of videos have in common.
+
+    The defaults are VideoMAE's for pretraining: frames at stride 4, multi-scale crops, no flips.
+
+    Args:
+        sampling: which frames make a clip.
+        crop: which part of them is shown, the same in every frame.
+        flip: mirror half of the clips: not where left and right tell classes apart, as in Something-Something.
+        augment: what else is done to a cropped clip, in order; see `convmae.augmentation`.
+        repeats: clips drawn from a video each time that it is decoded (repeated augmentation).
+        reader: the reader asked first; `video.readers` says for what files which is wrong, and not used.
+    """
+
+    sampling: Sampling = Dense(stride=4)
+    crop: Crop = MultiScaleCrop()
+    flip: bool = False
+    augment: tuple[Augment, ...] = ()
+    repeats: int = 1
+    reader: readers.Choice = "auto"
+
+    def check(self, size: tuple[int, ...]) -> None:
+        """Refuse what cannot be: raises ValueError for a size without three axes, or a reader that is not there."""
+        if len(size) != 3:
+            raise ValueError(f"{type(self).__name__} loads (T, H, W) clips, but the model's input is {size}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} is below 1")
+        readers.readers(self.reader)
+
+    def load(
+        self,
+        video: str | Packed,
+        size: tuple[int, int, int],
+        generator: torch.Generator,
+        *,
+        intact: tuple[int, int] | None = None,
+        reader: readers.Choice | None = None,
+    ) -> Tensor:
+        """Load random clips of a video, uint8 `(3, T, H, W)`, or `(repeats, 3, T, H, W)` where there are several.
+
+        All randomness comes from the generator. Frames are taken from the `intact` ones, first and stop, where the
+        others are damaged; `reader` is that of the source unless given.
+
+        Raises `UnusableFileError` for a file that `readers.read` cannot read.
+        """
+        count, target = size[0], size[1:]
+        seed = int(torch.randint(2**62, (), generator=generator))
+
+        def choose(track: readers.Track) -> list[int]:
+            first, stop = intact or (0, track.frames)
+            stop = min(stop, track.frames)
+            if stop - first < 2:
+                first, stop = 0, track.frames
+            again = torch.Generator().manual_seed(seed)
+            part = track._replace(frames=stop - first)
+            return [first + index for _ in range(self.repeats) for index in self.sampling(part, count, again)]
+
+        short_side = self.crop.short_side(target)
+        frames = readers.read(video, choose, short_side=short_side, reader=reader or self.reader)
+        several = torch.from_numpy(frames).permute(0, 3, 1, 2).unflatten(0, (self.repeats, count))
+        clips = [self._augmented(clip, target, generator).transpose(0, 1) for clip in several]
+        return torch.stack(clips) if self.repeats > 1 else clips[0].contiguous()
+
+    def _augmented(self, clip: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """A clip `(T, 3, h, w)`, cropped to size."""
+        pixels = self.crop(clip, size, generator)
+        if self.flip and int(torch.randint(2, (), generator=generator)):
+            pixels = pixels.flip(-1)
+        for augment in self.augment:
+            pixels = augment(pixels, generator)
+        return pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Videos(Clips):
+    """Videos of a folder, or of a list; without a root, the built-in demonstration clips.
+
+    Below a folder, those files count that end in one of `VIDEO_SUFFIXES`, and folders of frames; its subfolders, if
+    any, are the classes. A list is a text file with `path label` or `path,label` a line (`lists.read_list`). Nothing is
+    opened for it. Where `python -m video.scan` has left a manifest, files that it found unusable are left out, and of
+    those that are partly damaged, only the intact frames are taken.
+    """
+
+    root: Path | None = None
+    manifest: Path | None = None
+    """What the scan wrote, where it was told to write elsewhere than beside the data."""
+
+    def listing(self) -> Listing:
+        """The videos, their paths relative to `base`, and their classes; raises ValueError where there are none."""
+        if self.root is not None and not self.root.is_dir():
+            return lists.read_list(self.root)
+        return listing(self.base, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+
+    @property
+    def base(self) -> Path:
+        """The folder that paths are relative to."""
+        if self.root is None:
+            return make() / "train"
+        return self.root if self.root.is_dir() else self.root.parent
+
+    def open(self, size: tuple[int, ...]) -> VideoSamples:
+        """List the videos, to be loaded as clips of `size`, `(T, H, W)` frames and pixels.
+
+        Raises ValueError where `size` has not three axes, there is no video, a list or the manifest cannot be read, or
+        the demonstration set cannot be written.
+        """
+        self.check(size)
+        found = self.listing()
+        path = self.manifest or (None if self.root is None else manifest.beside(self.root))
+        if self.manifest is not None and not self.manifest.is_file():
+            raise ValueError(f"manifest={str(self.manifest)!r} is not there: `python -m video.scan` writes one")
+        entries = manifest.load(path) if path is not None and path.is_file() else {}
+        return _without_unusable(self, size, found, entries)
+
+
+def _without_unusable(
+    source: Videos, size: tuple[int, ...], found: Listing, entries: Mapping[str, manifest.Entry]
+) -> VideoSamples:
+    """The samples that the manifest does not call unusable, and what it knows of them."""
+    kept, intact, by_pyav, reasons = [], [], [], Counter[str]()
+    for index, name in enumerate(found.files if entries else ()):
+        entry = entries.get(name)
+        if entry is not None and not entry.usable:
+            reasons[entry.reason] += 1
+            continue
+        kept.append(index)
+        intact.append((0, 0) if entry is None else entry.intact)
+        by_pyav.append(entry is not None and entry.reader == "pyav")
+    if entries and not kept:
+        raise ValueError(f"all of the {len(found.files)} videos are unusable, as the manifest of {source.root} has it")
+    for reason, count in reasons.most_common():
+        log.info("left out, as the manifest has it: %d x %s", count, reason)
+    unknown = sum(name not in entries for name in found.files) if entries else 0
+    if unknown:
+        log.warning("%d files are not in the manifest: `python -m video.scan %s` looks at them", unknown, source.root)
+    return VideoSamples(
+        source=source,
+        base=str(source.base),
+        size=(size[0], size[1], size[2]),
+        listing=found.take(kept) if reasons else found,
+        left_out=reasons.total(),
+        intact=np.array(intact, np.int32).reshape(-1, 2) if entries else None,
+        by_pyav=np.array(by_pyav, bool) if entries else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoSamples:
+    """The videos of an opened source.
+
+    Args:
+        source: how clips are made.
+        base: the folder that paths are relative to.
+        size: of a clip, `(T, H, W)`.
+        listing: the videos and their classes.
+        left_out: how many the manifest calls unusable.
+        intact: first and stop of the undamaged frames of each, int32 `(N, 2)`; None without a manifest.
+        by_pyav: which of them another reader would get wrong, bool `(N)`; None without a manifest.
+    """
+
+    source: Videos
+    base: str
+    size: tuple[int, int, int]
+    listing: Listing
+    left_out: int = 0
+    intact: NDArray[np.int32] | None = None
+    by_pyav: NDArray[np.bool_] | None = None
+
+    @property
+    def repeats(self) -> int:
+        """Clips that each video gives."""
+        return self.source.repeats
+
+    def __len__(self) -> int:
+        return len(self.listing.files)
+
+    def __repr__(self) -> str:
+        without = f", without {self.left_out} that are unusable" if self.left_out else ""
+        return f"{len(self)} videos as clips of {self.size} in {str(self.source.root or self.base)!r}{without}"
+
+    def name(self, index: int) -> str:
+        """The path of a video."""
+        return os.path.join(self.base, self.listing.files[index])
+
+    def load(self, index: int, generator: torch.Generator) -> Sample:
+        """Load one or more random clips of a video; see `Clips.load`."""
+        intact = None
+        if self.intact is not None and self.intact[index, 1] > 0:
+            intact = (int(self.intact[index, 0]), int(self.intact[index, 1]))
+        by_pyav = self.by_pyav is not None and bool(self.by_pyav[index])
+        pixels = self.source.load(
+            self.name(index), self.size, generator, intact=intact, reader="pyav" if by_pyav else None
+        )
+        return Sample(pixels, int(self.listing.labels[index]))
