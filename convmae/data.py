@@ -237,11 +237,11 @@ class Stream:
                     continue
                 deaths += sum(death.crashed for death in crew.lost)
                 for death in crew.lost:
-                    self.blamed[death.index] = death.how
-                    _log.warning("%s: %s; its loader process is replaced", self.samples.name(death.index), death.how)
+                    self.blamed[death.sample] = death.how
+                    _log.warning("%s: %s; its loader process is replaced", self.samples.name(death.sample), death.how)
             if deaths > MOST_DEATHS:
                 raise RuntimeError(
-                    f"{deaths} loader processes have died; the last over {self.samples.name(death.index)}, which "
+                    f"{deaths} loader processes have died; the last over {self.samples.name(death.sample)}, which "
                     f"{death.how}. Is memory short (fewer --workers), or a decoder broken (another reader)?"
                 )
 
@@ -253,7 +253,7 @@ MOST_DEATHS = 20
 class _Death(NamedTuple):
     """A loader process that died over a sample."""
 
-    index: int
+    sample: int
     how: str
     crashed: bool
 
@@ -272,7 +272,7 @@ class _Crew:
         method: StartMethod | None,
     ) -> None:
         self.stream, self.steps, self.seconds = stream, range(start, stop), seconds
-        self.desks = torch.full((workers, 2), -1, dtype=torch.float64).share_memory_()
+        self.desks: Tensor = torch.full((workers, 2), -1, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
         self.lost: list[_Death] = []
         self.late: dict[int, int] = {}
         self.closed = threading.Event()

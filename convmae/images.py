@@ -1,6 +1,6 @@
 """Images from a folder: what is listed, how one is loaded, and how it is cropped.
 
-`listing` and the `Crop` protocol also serve folders of videos.
+The `Crop` protocol also serves clips.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,56 +19,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from convmae.data import UNLABELLED, Packed, Sample, UnusableFileError
+from convmae.data import Packed, Sample, UnusableFileError
 from convmae.demo import make
+from convmae.listing import Listing, listing
 
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-
-
-class Listing(NamedTuple):
-    """The files of a folder: paths relative to it, in sorted order; the class of each; the classes' names."""
-
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
-
-
-def listing(root: Path, suffixes: Set[str]) -> Listing:
-    """List the files below `root` whose suffix, in any case, is one of `suffixes`; nothing is opened.
-
-    A file's class is the subfolder of `root` that it is in, at whatever depth; subfolders are numbered in
-    sorted order, those without such files left out. Files directly in `root` are `UNLABELLED`. Links are
-    followed, hidden names are skipped. A link that leads nowhere is listed, so that loading reports it.
-
-    Raises ValueError where `root` is not a folder or holds no such file.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"root={str(root)!r} is not a folder")
-    files = tuple(_walk(str(root), "", suffixes, ()))
-    if not files:
-        raise ValueError(f"root={str(root)!r} holds no file ending in {' '.join(sorted(suffixes))}")
-    folders = [file.partition(os.sep)[0] if os.sep in file else None for file in files]
-    classes = tuple(sorted({folder for folder in folders if folder is not None}))
-    number = {name: label for label, name in enumerate(classes)}
-    labels = tuple(UNLABELLED if folder is None else number[folder] for folder in folders)
-    return Listing(files, labels, classes)
-
-
-def _walk(folder: str, inside: str, suffixes: Set[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link back to a folder that we are in
-        return
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{inside}{entry.name}{os.sep}", suffixes, (*above, here))
-        elif os.path.splitext(entry.name)[1].lower() in suffixes:
-            yield inside + entry.name
 
 
 class Crop(Protocol):
@@ -81,6 +35,14 @@ class Crop(Protocol):
 
     def short_side(self, size: tuple[int, int]) -> int:
         """The input's short side, in pixels, from which on a larger input would only be resized down."""
+        ...
+
+
+class Augment(Protocol):
+    """Changes an image, or all frames of a clip in the same way; see `convmae.augmentation`."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Change pixels uint8 `(..., 3, h, w)`, of which the shape stays; all randomness comes from the generator."""
         ...
 
 
@@ -149,7 +111,7 @@ class ImageFolder:
         return ImageSamples(source=self, root=root, size=size, listing=listing(root, IMAGE_SUFFIXES))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSamples:
     """The images of an opened `ImageFolder`."""
 
@@ -176,7 +138,7 @@ class ImageSamples:
         pixels = self.source.crop(read(self.name(index)), self.size, generator)
         if self.source.flip and _below(2, generator):
             pixels = pixels.flip(-1)
-        return Sample(pixels.contiguous(), self.listing.labels[index])
+        return Sample(pixels.contiguous(), int(self.listing.labels[index]))
 
 
 def read(file: str | Path | Packed) -> Tensor:

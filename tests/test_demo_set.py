@@ -12,7 +12,8 @@ import torch
 import video.demo
 from convmae import demo
 from convmae.images import ImageFolder
-from video.folder import VideoFolder
+from video.clips import Dense
+from video.videos import Videos
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -65,7 +66,7 @@ def test_pictures_are_the_same_each_time_and_shapes_differ() -> None:
 
 def test_the_set_is_small_complete_and_labelled_by_motion(videos: Path) -> None:
     for split, count in (("train", 320), ("val", 80)):
-        samples = VideoFolder(root=videos / split, stride=2).open((16, 64, 64))
+        samples = Videos(root=videos / split, sampling=Dense(stride=2)).open((16, 64, 64))
         assert len(samples) == count
         assert samples.listing.classes == demo.MOTIONS
         assert np.bincount(samples.listing.labels).tolist() == [count // 8] * 8
@@ -79,7 +80,7 @@ def test_a_file_holds_what_was_drawn(videos: Path) -> None:
     from video import readers
 
     drawn = demo.clip("left", np.random.default_rng([demo.SEED, 0, demo.MOTIONS.index("left"), 7]))
-    read = readers.read(videos / "train" / "left" / "007.mp4", range)
+    read = readers.read(videos / "train" / "left" / "007.mp4", lambda track: range(track.frames))
     assert read.shape == drawn.shape
     assert np.abs(read.astype(float) - drawn).mean() < 6
 
@@ -93,7 +94,7 @@ def test_a_set_that_is_there_is_not_made_again(videos: Path) -> None:
 def test_no_root_means_the_set_in_the_cache(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVMAE_CACHE", str(tmp_path))
     (tmp_path / "demo-videos-v1").symlink_to(videos)
-    assert len(VideoFolder().open((8, 32, 32))) == 320
+    assert len(Videos().open((8, 32, 32))) == 320
     monkeypatch.setattr(demo, "still", lambda shape, random: random.integers(0, 256, (96, 96, 3), np.uint8))
     samples = ImageFolder().open((32, 32))
     assert (len(samples), samples.listing.classes) == (480, demo.SHAPES)

@@ -129,7 +129,7 @@ def test_ranks_share_real_clips_out_without_overlap_or_loss(mixed: Path, world: 
     shares = [taken(part, 0, 1)[0][0] for part in parts]
     [[batch]] = taken(whole, 0, 1)
     usable = iter(batch.pixels)
-    names = [name for name in whole.named(range(len(samples)))]
+    names = whole.named(range(len(samples)))
     unusable = {problem.name for problem in batch.skipped}
     arriving = [iter(share.pixels) for share in shares]
     for place, name in enumerate(names):

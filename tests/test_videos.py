@@ -1,21 +1,19 @@
 """Clips from video files."""
 
-import logging
-import os
 import pickle
-import sys
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from convmae import manifest
 from convmae.data import UNLABELLED, Source, UnusableFileError
 from convmae.images import RandomResizedCrop
 from video import readers
-from video.clips import MultiScaleCrop, dense
+from video.clips import Dense, MultiScaleCrop, dense
 from video.demo import encode
 from video.videos import Videos
 
@@ -23,23 +21,9 @@ MEDIA = Path(__file__).parents[2] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
 CLIPS = sorted(path for path in (MEDIA / "clips").glob("*") if path.suffix != ".json")
 
-REASONS = {
-    "audio_only.mp4": "no video stream",
-    "corrupt_first_gop.mp4": "no frame can be decoded",
-    "corrupt_moov.mp4": "header is lost or damaged",
-    "header_only.mp4": "no frame can be decoded",
-    "one_frame.mp4": "a single frame",
-    "random.mp4": "not a video",
-    "text.mp4": "not a video",
-    "trunc_moov_lost.mp4": "header is lost",
-    "zero_bytes.mp4": "empty file",
-}
-FRAMES_THAT_EXIST = {
-    "drv_editlist_copycut.mp4": 165,
-    "tc_discard_first_keyframe.mp4": 25,
-    "corrupt_middle.mp4": 92,
-    "decord_corrupted.mp4": 28,
-    "trunc_faststart50.mp4": 103,
+UNUSABLE = {
+    *("audio_only.mp4", "corrupt_first_gop.mp4", "corrupt_moov.mp4", "header_only.mp4", "one_frame.mp4"),
+    *("random.mp4", "text.mp4", "trunc_moov_lost.mp4", "zero_bytes.mp4"),
 }
 
 
@@ -112,19 +96,58 @@ def test_a_crop_of_another_aspect_is_not_distorted_at_equal_scales() -> None:
     assert (cropped[0, 0, 0, 1:].int() - cropped[0, 0, 0, :-1].int()).float().mean() == pytest.approx(2, abs=0.05)
 
 
-# Folders
+# Sources
+
+
+@needs_media
+@pytest.mark.parametrize("reader", readers.installed())
+def test_every_real_clip_loads(reader: readers.Choice) -> None:
+    samples = Videos(root=MEDIA / "clips", reader=reader).open((16, 96, 80))
+    assert len(samples) == len(CLIPS)
+    for index in range(len(samples)):
+        pixels, label = samples.load(index, seeded(index))
+        assert (tuple(pixels.shape), pixels.dtype, label) == ((3, 16, 96, 80), torch.uint8, UNLABELLED)
+        assert pixels.is_contiguous()
+        assert pixels.float().std() > 5
+
+
+@needs_media
+def test_every_bad_file_loads_or_is_unusable() -> None:
+    samples = Videos(root=MEDIA / "bad").open((16, 64, 64))
+    unusable = set()
+    for index in range(len(samples)):
+        try:
+            assert samples.load(index, seeded()).pixels.shape == (3, 16, 64, 64)
+        except UnusableFileError:
+            unusable.add(Path(samples.name(index)).name)
+    assert unusable == UNUSABLE
 
 
 def test_a_folder_of_classes(tmp_path: Path) -> None:
     for name in ("walk/b.mp4", "run/a.MKV", "loose.avi"):
         counting(tmp_path / name, frames=20)
+    for number in range(9):
+        (tmp_path / "walk" / "frames").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), (number,) * 3).save(tmp_path / "walk" / "frames" / f"{number}.png")
     source = Videos(root=tmp_path)
     assert isinstance(source, Source)
     samples = source.open((8, 32, 48))
-    assert [samples.load(index, seeded()).label for index in range(3)] == [UNLABELLED, 0, 1]
+    assert [samples.load(index, seeded()).label for index in range(4)] == [UNLABELLED, 0, 1, 1]
     assert samples.name(1) == str(tmp_path / "run" / "a.MKV")
-    names = {"PosixPath": Path, "Videos": Videos, "MultiScaleCrop": MultiScaleCrop}
+    assert samples.name(3) == str(tmp_path / "walk" / "frames")
+    names = {"PosixPath": Path, "Videos": Videos, "MultiScaleCrop": MultiScaleCrop, "Dense": Dense}
     assert eval(repr(source), names) == source
+
+
+def test_a_list_of_videos(tmp_path: Path) -> None:
+    for name in ("a b.mp4", "sub/c.mp4"):
+        counting(tmp_path / name)
+    listed = tmp_path / "train.csv"
+    listed.write_text(f"a b.mp4,3\n{tmp_path}/sub/c.mp4,1\n")
+    samples = Videos(root=listed).open((4, 32, 32))
+    assert [samples.load(index, seeded()).label for index in range(2)] == [3, 1]
+    assert samples.name(0) == str(tmp_path / "a b.mp4")
+    assert samples.name(1) == str(tmp_path / "sub" / "c.mp4")
 
 
 def test_samples_follow_from_the_generator_alone_and_pickle(tmp_path: Path) -> None:
@@ -135,29 +158,61 @@ def test_samples_follow_from_the_generator_alone_and_pickle(tmp_path: Path) -> N
     assert len({numbers(samples.load(0, seeded(seed)).pixels.transpose(0, 1).numpy())[0] for seed in range(20)}) > 5
 
 
+def test_several_clips_of_a_video_come_from_one_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(tmp_path / "a.mp4")
+    asked, read = [], readers.read
+
+    def counted(*given: Any, **named: Any) -> readers.Frames:
+        asked.append(given)
+        return read(*given, **named)
+
+    monkeypatch.setattr(readers, "read", counted)
+    samples = Videos(root=tmp_path, repeats=3, sampling=Dense(stride=1)).open((4, 32, 32))
+    assert samples.repeats == 3
+    pixels = samples.load(0, seeded()).pixels
+    assert pixels.shape == (3, 3, 4, 32, 32)
+    firsts = [numbers(clip.transpose(0, 1).numpy()) for clip in pixels]
+    assert len({tuple(first) for first in firsts}) == 3
+    assert all(np.diff(first).tolist() == [1, 1, 1] for first in firsts)
+    assert len(asked) == 1
+
+
+def test_a_manifest_leaves_out_what_is_unusable_and_keeps_to_what_is_intact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.mp4", "b/2.mp4", "b/3.mp4", "b/4.mp4"):
+        counting(tmp_path / name)
+    known: dict[str, Any] = {"bytes": 1, "modified": 0.0, "frames": 40}
+    entries = [
+        manifest.Entry(file="a/1.mp4", usable=False, reason="no video stream in it", **known),
+        manifest.Entry(file="b/2.mp4", usable=True, reason="damaged after 20", intact=(12, 20), reader="pyav", **known),
+        manifest.Entry(file="b/3.mp4", usable=True, intact=(0, 40), **known),
+    ]
+    manifest.write(manifest.beside(tmp_path), entries)
+    with caplog.at_level("INFO", "video"):
+        samples = Videos(root=tmp_path, sampling=Dense(stride=1)).open((4, 32, 32))
+    assert [Path(samples.name(index)).name for index in range(len(samples))] == ["2.mp4", "3.mp4", "4.mp4"]
+    assert repr(samples).endswith("without 1 that are unusable")
+    assert "left out, as the manifest has it: 1 x no video stream in it" in caplog.messages
+    assert any(message.startswith("1 files are not in the manifest") for message in caplog.messages)
+    seen = {n for seed in range(30) for n in numbers(samples.load(0, seeded(seed)).pixels.transpose(0, 1).numpy())}
+    assert seen == set(range(12, 20))
+    assert samples.load(0, seeded()).label == samples.load(2, seeded()).label == 1
+    elsewhere = tmp_path / "b" / "manifest.of.a"
+    with pytest.raises(ValueError, match=r"manifest\.of\.a' is not there"):
+        Videos(root=tmp_path, manifest=elsewhere).open((4, 32, 32))
+    manifest.write(elsewhere, [entries[0]])
+    assert len(Videos(root=tmp_path, manifest=elsewhere).open((4, 32, 32))) == 3
+
+
 def test_wrong_sizes_strides_and_roots_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no file ending in \.3gp \.avi"):
         Videos(root=tmp_path).open((8, 32, 32))
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="is not a folder of videos, nor a list"):
         Videos(root=tmp_path / "none").open((8, 32, 32))
     with pytest.raises(ValueError, match=r"loads \(T, H, W\) clips"):
         Videos(root=tmp_path).open((32, 32))
-    with pytest.raises(ValueError, match="stride=0"):
-        Videos(root=tmp_path, stride=0).open((8, 32, 32))
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
-def test_memory_stays_flat(tmp_path: Path, reader: str) -> None:
-    path = counting(tmp_path / "a.mp4", frames=60, height=180, width=320)
-
-    def memory() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def read(times: int) -> None:
-        for _ in range(times):
-            readers.read(path, lambda count: [0, 10, 20], short_side=64)
-
-    read(40)
-    before = memory()
-    read(200)
-    assert memory() - before < 25
+    with pytest.raises(ValueError, match="repeats=0"):
+        Videos(root=tmp_path, repeats=0).open((8, 32, 32))
+    with pytest.raises(ValueError, match="reader='other' is not installed"):
+        Videos(root=tmp_path, reader="other").open((8, 32, 32))  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from convmae import AttentionStage, ConvMAE, ConvStage, masking, targets
 from convmae.training import Pretrain
 
 from .builders import VideoConvMAE
-from .folder import VideoFolder
+from .clips import Dense
+from .videos import Videos
 
 
 def kinetics_pretrain() -> Pretrain:
@@ -24,7 +25,7 @@ def kinetics_pretrain() -> Pretrain:
     """
     return Pretrain(
         model=VideoConvMAE.base(),
-        data=VideoFolder(stride=4),
+        data=Videos(sampling=Dense(stride=4)),
         epochs=800,
         batch_size=2048,
         min_lr=1e-5,
@@ -51,7 +52,7 @@ def demo() -> Pretrain:
     )
     return Pretrain(
         model=VideoConvMAE.inflate(image, frames=8).mask(masking.tube(0.75)),
-        data=VideoFolder(stride=2),
+        data=Videos(sampling=Dense(stride=2)),
         epochs=25,
         batch_size=8,
         base_lr=3.2e-2,

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convmae import manifest
-from convmae.augmentation import Augment
 from convmae.data import Packed, Sample
-from convmae.images import IMAGE_SUFFIXES, Crop
+from convmae.images import IMAGE_SUFFIXES, Augment, Crop
 from convmae.listing import Listing, listing
 from video import lists, readers
 from video.clips import Dense, MultiScaleCrop, Sampling
@@ -77,6 +76,18 @@ class Clips:
         Raises `UnusableFileError` for a file that `readers.read` cannot read.
         """
         count, target = size[0], size[1:]
+        choose = self.choosing(count, generator, intact)
+        short_side = self.crop.short_side(target)
+        frames = readers.read(video, choose, short_side=short_side, reader=reader or self.reader)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        several = pixels.view(self.repeats, count, *pixels.shape[1:])
+        clips = [self._augmented(clip, target, generator).transpose(0, 1) for clip in several]
+        return torch.stack(clips) if self.repeats > 1 else clips[0].contiguous()
+
+    def choosing(
+        self, frames: int, generator: torch.Generator, intact: tuple[int, int] | None = None
+    ) -> readers.Choose:
+        """What chooses the frames of all clips of a video; asked again, it answers equal tracks equally."""
         seed = int(torch.randint(2**62, (), generator=generator))
 
         def choose(track: readers.Track) -> list[int]:
@@ -84,15 +95,10 @@ class Clips:
             stop = min(stop, track.frames)
             if stop - first < 2:
                 first, stop = 0, track.frames
-            again = torch.Generator().manual_seed(seed)
-            part = track._replace(frames=stop - first)
-            return [first + index for _ in range(self.repeats) for index in self.sampling(part, count, again)]
+            again, part = torch.Generator().manual_seed(seed), track._replace(frames=stop - first)
+            return [first + index for _ in range(self.repeats) for index in self.sampling(part, frames, again)]
 
-        short_side = self.crop.short_side(target)
-        frames = readers.read(video, choose, short_side=short_side, reader=reader or self.reader)
-        several = torch.from_numpy(frames).permute(0, 3, 1, 2).unflatten(0, (self.repeats, count))
-        clips = [self._augmented(clip, target, generator).transpose(0, 1) for clip in several]
-        return torch.stack(clips) if self.repeats > 1 else clips[0].contiguous()
+        return choose
 
     def _augmented(self, clip: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """A clip `(T, 3, h, w)`, cropped to size."""
@@ -121,6 +127,8 @@ class Videos(Clips):
     def listing(self) -> Listing:
         """The videos, their paths relative to `base`, and their classes; raises ValueError where there are none."""
         if self.root is not None and not self.root.is_dir():
+            if not self.root.is_file():
+                raise ValueError(f"root={str(self.root)!r} is not a folder of videos, nor a list of them")
             return lists.read_list(self.root)
         return listing(self.base, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
 

@@ -36,7 +36,20 @@ from .protocol import Choose, Frames, Opened, OverpromisedError, Reader, Size, T
 from .pyav import PyAV
 from .torchcodec import TorchCodec
 
-__all__ = ["Choose", "Choice", "Frames", "Opened", "Reader", "Size", "Track", "Video", "installed", "read", "readers"]
+__all__ = [
+    "Choice",
+    "Choose",
+    "Decord",
+    "Frames",
+    "Opened",
+    "Reader",
+    "Size",
+    "Track",
+    "Video",
+    "installed",
+    "read",
+    "readers",
+]
 
 Choice = Literal["auto", "decord", "pyav", "torchcodec"]
 
@@ -45,11 +58,12 @@ log = logging.getLogger(__name__)
 
 def installed() -> list[Choice]:
     """The readers that are there, as one may choose them."""
-    return [
-        *(["decord"] if decord.module() is not None else []),
-        "pyav",
-        *(["torchcodec"] if torchcodec.module() is not None else []),
-    ]
+    there: dict[Choice, bool] = {
+        "decord": decord.module() is not None,
+        "pyav": True,
+        "torchcodec": torchcodec.module() is not None,
+    }
+    return [choice for choice, is_there in there.items() if is_there]
 
 
 def readers(choice: Choice = "auto") -> list[Reader]:
@@ -57,10 +71,15 @@ def readers(choice: Choice = "auto") -> list[Reader]:
 
     Raises ValueError for one that is not there.
     """
-    if choice not in ("auto", *(there := installed())):
+    there = installed()
+    if choice not in ("auto", *there):
         raise ValueError(f"reader={choice!r} is not installed; here are {', '.join(['auto', *there])}")
-    first = {"decord": [Decord()], "pyav": [], "torchcodec": [TorchCodec()], "auto": [Decord()]}[choice]
-    return [*([] if choice == "auto" and "decord" not in there else first), PyAV()]
+    in_turn: list[Reader] = [PyAV()]
+    if choice == "torchcodec":
+        in_turn.insert(0, TorchCodec())
+    elif choice != "pyav" and "decord" in there:
+        in_turn.insert(0, Decord())
+    return in_turn
 
 
 def read(
@@ -109,8 +128,7 @@ def _read(reader: Reader, video: Video, choose: Choose, short_side: int | None) 
             try:
                 return opened.take(indices, _shrunk(track.height, track.width, short_side))[places]
             except OverpromisedError as found:
-                assert found.frames < track.frames
-                track = track._replace(frames=found.frames)
+                track = track._replace(frames=min(found.frames, track.frames - 1))
     if track.frames:
         raise UnusableFileError(name_of(video), "holds a single frame: a picture, not a video")
     raise UnusableFileError(name_of(video), "no frame can be decoded: the file is cut short or damaged")

@@ -69,7 +69,7 @@ class Opened(NamedTuple):
     video: Video
     container: InputContainer
     stream: VideoStream
-    index: Index
+    packets: Index
     track: Track
 
     def take(self, indices: Sequence[int], size: Size | None) -> Frames:
@@ -83,12 +83,12 @@ class Opened(NamedTuple):
 
     def _by_time(self, indices: Sequence[int], size: Size | None) -> list[Frames] | None:
         """The frames, found by their times; None where one does not come."""
-        if self.index.times is None:
+        if self.packets.times is None:
             return None
         frames: Iterator[VideoFrame] = iter(())
         found, now = [], None
-        for time in (self.index.times[index] for index in indices):
-            key = self.index.key_before(time)
+        for time in (self.packets.times[index] for index in indices):
+            key = self.packets.key_before(time)
             if now is None or key > now:
                 self.container.seek(key, stream=self.stream)
                 frames = self.container.decode(self.stream)
@@ -116,7 +116,7 @@ class Opened(NamedTuple):
 
 
 def _container(video: Video) -> InputContainer:
-    return av.open(io.BytesIO(video.data) if isinstance(video, Packed) else video)
+    return av.open(io.BytesIO(video.data) if isinstance(video, Packed) else video, "r")
 
 
 def _best(container: InputContainer, video: Video) -> VideoStream:

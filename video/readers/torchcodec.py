@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,10 +55,9 @@ class Opened(NamedTuple):
 def module() -> Any:
     """torchcodec's decoder, or None where it is not installed or cannot load FFmpeg."""
     try:
-        from torchcodec.decoders import VideoDecoder
+        return importlib.import_module("torchcodec.decoders").VideoDecoder
     except (ImportError, OSError, RuntimeError):
         return None
-    return VideoDecoder
 
 
 def _start(video: Video) -> bytes:
