@@ -1,134 +1,177 @@
-"""Which frames make a clip, and which part of them it shows.
-
-A short video is sampled more densely, and where it has less frames than a clip, its frames are repeated: `Dense` says
-its last one again, `Segments` each as often as any other.
-"""
+"""Which frames make a clip, and which part of them it shows."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from convmae.augmentation import cover, window
 from convmae.images import resize
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing the readers loads PyAV
     from video.readers import Track
+
+LAST = math.nextafter(1, 0)
+"""The place of the last clip: places lie in [0, 1)."""
 
 
 class Sampling(Protocol):
-    """Chooses which frames of a video make a clip."""
+    """Chooses the frames that make a clip: indices from 0 to `track.frames - 1`, never falling."""
 
     def __call__(self, track: Track, frames: int, generator: torch.Generator | None) -> list[int]:
-        """So many indices, never falling, of the track's; at random, or without a generator those in the middle."""
+        """Choose so many frames of a video at random, or without a generator those in the middle."""
         ...
 
     def at(self, track: Track, frames: int, place: float) -> list[int]:
-        """The clip at a place in [0, 1], from the first that fits to the last."""
+        """The clip at a place in [0, 1), from 0 for the first that the video holds to `LAST`."""
         ...
 
 
-def dense(frames_in_file: int, *, frames: int, stride: int = 1, place: float = 0.5) -> list[int]:
+def dense(frames_in_file: int, *, frames: int, stride: float = 1, place: float = 0.5) -> list[int]:
     """Choose `frames` frames, `stride` apart: dense sampling (as SlowFast and VideoMAE do).
 
-    The stride is exact: VideoMAE's own code rounds it within windows, and wanders by a frame. `place`, at least
-    0 and below 1, says which of all clips that fit: uniformly random gives each of them equally often.
+    The stride is exact: VideoMAE's own code rounds it within windows, and wanders by a frame (`stretched`). With one
+    that is not whole, frames are the nearest to where it leads from the first; below 1 some of them repeat. `place`,
+    at least 0 and below 1, says which of all clips that fit: uniformly random gives each of them equally often.
 
-    A shorter video gets the largest stride that fits. One of less than `frames` frames gives all of its
+    A shorter video gets the largest whole stride that fits. One of less than `frames` frames gives all of its
     frames, and then its last one again and again.
 
-    Returns indices from 0 to `frames_in_file - 1`, never falling. Raises ValueError for numbers below 1, and
-    for a place outside [0, 1).
+    Returns indices from 0 to `frames_in_file - 1`, never falling. Raises ValueError for numbers of frames below 1, a
+    stride that is not above 0, and a place outside [0, 1).
     """
-    if min(frames_in_file, frames, stride) < 1:
-        raise ValueError(f"numbers below 1: {frames_in_file=}, {frames=}, {stride=}")
+    _check(frames_in_file, frames, stride, place)
+    steps = max(frames - 1, 1)
+    if _nearest(steps * stride) >= frames_in_file:
+        stride = min(stride, max((frames_in_file - 1) // steps, 1))
+    offsets = [_nearest(step * stride) for step in range(frames)]
+    start = int(place * max(frames_in_file - offsets[-1], 1))
+    return [min(start + offset, frames_in_file - 1) for offset in offsets]
+
+
+def stretched(frames_in_file: int, *, frames: int, stride: float = 1, place: float = 0.5) -> list[int]:
+    """Spread `frames` frames over a window of `frames * stride`, as VideoMAE's own code does.
+
+    16 frames at stride 4 reach from the first to the last of 64 frames, and so advance by 4, 4, 4, 5, and so on.
+    `place` is that of the window. A shorter video is the window; one of less than `frames` frames repeats some.
+    Returns and raises as `dense` does.
+    """
+    _check(frames_in_file, frames, stride, place)
+    length = min(max(_nearest(frames * stride), 1), frames_in_file)
+    start = int(place * (frames_in_file - length + 1))
+    return [start + min(step * length // max(frames - 1, 1), length - 1) for step in range(frames)]
+
+
+def _check(frames_in_file: int, frames: int, stride: float, place: float) -> None:
+    if min(frames_in_file, frames) < 1:
+        raise ValueError(f"numbers below 1: {frames_in_file=}, {frames=}")
+    if not 0 < stride < math.inf:
+        raise ValueError(f"{stride=} is not a number above 0")
     if not 0 <= place < 1:
         raise ValueError(f"{place=} is not in [0, 1)")
-    if frames_in_file < frames:
-        return [min(index, frames_in_file - 1) for index in range(frames)]
-    steps = max(frames - 1, 1)
-    stride = min(stride, max((frames_in_file - 1) // steps, 1))
-    span = (frames - 1) * stride + 1
-    start = int(place * (frames_in_file - span + 1))
-    return list(range(start, start + span, stride))
+
+
+def _nearest(number: float) -> int:
+    return math.floor(number + 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """Frames at a stride, from a random place: `dense`, as SlowFast and VideoMAE sample.
+    """Frames that are `stride` apart, somewhere in the video: see `dense`, also on short videos.
 
     Args:
-        stride: from a frame to the next.
-        fps: the rate that the stride counts in: a video of twice this rate is taken at twice the stride, rounded to
-            whole frames from an exact beginning. None: the stride counts the frames of whatever video. A video whose
-            rate is not known, as of a folder of frames, is taken to have this one.
+        stride: how many frames a clip advances at a time.
+        fps: of what video the stride is meant; None: of each as it is. Other videos advance as far in seconds, so by
+            `stride * (their fps) / fps` frames. One whose rate is not known counts as having this one.
+        windows: as VideoMAE's own code, by a stride that wanders by a frame: see `stretched`.
     """
 
     stride: int = 4
     fps: float | None = None
+    windows: bool = False
 
     def __post_init__(self) -> None:
-        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
-            raise ValueError(f"{self} has a stride below 1, or a rate that is not positive")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} is below 1")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps={self.fps} is not a number above 0")
 
     def __call__(self, track: Track, frames: int, generator: torch.Generator | None) -> list[int]:
-        """So many indices of the track's, as `dense` and the stride have it."""
-        place = 0.5 if generator is None else float(torch.rand((), generator=generator))
-        if self.fps is None or not track.fps:
-            return dense(track.frames, frames=frames, stride=self.stride, place=place)
-        span = self._span(track, frames)
-        return self._from(int(place * (track.frames - span + 1)), track, frames)
+        """Choose so many frames of a video at random, or without a generator those in the middle."""
+        return self.at(track, frames, 0.5 if generator is None else float(_uniform(1, generator)))
 
     def at(self, track: Track, frames: int, place: float) -> list[int]:
-        """The clip at a place in [0, 1], from the first that fits to the last."""
-        if self.fps is None or not track.fps:
-            return dense(track.frames, frames=frames, stride=self.stride, place=min(place, _BELOW_ONE))
-        return self._from(round(place * (track.frames - self._span(track, frames))), track, frames)
-
-    def _step(self, track: Track, frames: int) -> float:
-        """From a frame to the next; for a short video, the largest that fits."""
-        assert self.fps is not None
-        wanted = self.stride * track.fps / self.fps
-        return min(wanted, max(track.frames - 1, 0) / max(frames - 1, 1))
-
-    def _span(self, track: Track, frames: int) -> int:
-        return min(math.floor((frames - 1) * self._step(track, frames) + 0.5) + 1, track.frames)
-
-    def _from(self, start: int, track: Track, frames: int) -> list[int]:
-        step = self._step(track, frames)
-        return [min(start + math.floor(number * step + 0.5), track.frames - 1) for number in range(frames)]
+        """The clip at a place in [0, 1), from 0 for the first that the video holds to `LAST`."""
+        rate = track.fps / self.fps if self.fps and track.fps else 1
+        choose = stretched if self.windows else dense
+        return choose(track.frames, frames=frames, stride=self.stride * rate, place=place)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """One frame of each of so many equal parts of the video: TSN's sampling, usual for Something-Something."""
+    """One frame of each of as many equal parts of the whole video: TSN's sampling, and VideoMAE's on SSv2.
+
+    Parts that are not of whole numbers of frames differ by one frame. A place is one within each part. A video of
+    less frames than asked for shows each of them once or several times, in order.
+    """
 
     def __call__(self, track: Track, frames: int, generator: torch.Generator | None) -> list[int]:
-        """So many indices of the track's; each at random in its part, or without a generator in its middle."""
-        places = [0.5] * frames if generator is None else torch.rand(frames, generator=generator).tolist()
-        return self._inside(track, places)
+        """Choose any frame of each part, each at random by itself, or without a generator the one in the middle."""
+        if generator is None:
+            return self.at(track, frames, 0.5)
+        return _one_of_each(track.frames, _uniform(frames, generator).tolist())
 
     def at(self, track: Track, frames: int, place: float) -> list[int]:
-        """The frames at the same place, in [0, 1], of all parts."""
-        return self._inside(track, [min(place, _BELOW_ONE)] * frames)
-
-    def _inside(self, track: Track, places: list[float]) -> list[int]:
-        length = track.frames / len(places)
-        return [min(int((number + place) * length), track.frames - 1) for number, place in enumerate(places)]
+        """The frames at a place in [0, 1) of each part, from 0 for its first frame to `LAST`."""
+        _check(track.frames, frames, 1, place)
+        return _one_of_each(track.frames, [place] * frames)
 
 
-_BELOW_ONE = math.nextafter(1.0, 0.0)
+def _one_of_each(frames_in_file: int, places: list[float]) -> list[int]:
+    bounds = [part * frames_in_file // len(places) for part in range(len(places) + 1)]
+    return [
+        first + int(place * max(stop - first, 1)) for (first, stop), place in zip(pairwise(bounds), places, strict=True)
+    ]
 
 
-def views(sampling: Sampling, track: Track, frames: int, clips: int) -> list[list[int]]:
-    """So many clips for a test, at even distances from the first that fits to the last; one is in the middle."""
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def many(
+    sampling: Sampling, track: Track, frames: int, count: int, generator: torch.Generator | None
+) -> list[list[int]]:
+    """The frames of several clips that are drawn independently, to be decoded at once (repeated augmentation)."""
+    return [sampling(track, frames, generator) for _ in range(count)]
+
+
+def views(track: Track, frames: int, sampling: Sampling, clips: int = 5) -> list[list[int]]:
+    """The clips that a test looks at: evenly spaced, to within a frame, from the first to the last; one is the centre.
+
+    VideoMAE takes 5 of each video of Kinetics, and 2 of Something-Something, each with `three_crops`. (Starts of
+    pytorchvideo's ConstantClipsPerVideoSampler are the first of one more: its last clip does not reach the end.)
+
+    Raises ValueError for less than one clip.
+    """
     if clips < 1:
         raise ValueError(f"{clips=} is below 1")
-    places = [0.5] if clips == 1 else [number / (clips - 1) for number in range(clips)]
+    places = [min(clip / (clips - 1), LAST) for clip in range(clips)] if clips > 1 else [0.5]
     return [sampling.at(track, frames, place) for place in places]
+
+
+def three_crops(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Both ends and the centre of frames: pixels uint8 `(..., 3, h, w)` to `(3, ..., 3, *size)`.
+
+    Resized bilinearly, until they just cover `size`; so left, centre and right of wide frames, and top, centre and
+    bottom of tall ones.
+    """
+    covering = cover(pixels, size, mode="bilinear")
+    return torch.stack([window(covering, size, place) for place in (0, 0.5, 1)])
 
 
 @dataclass(frozen=True, kw_only=True)

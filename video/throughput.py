@@ -161,6 +161,7 @@ def _compare(options: _Options) -> None:
 def _describe(samples: VideoSamples, order: Sequence[int]) -> None:
     """Sizes of some of the videos, and what can be made of them."""
     seen: list[readers.Track] = []
+    sides: list[int] = []
 
     def first(track: readers.Track) -> list[int]:
         seen.append(track)
@@ -168,12 +169,12 @@ def _describe(samples: VideoSamples, order: Sequence[int]) -> None:
 
     for index in order[:16]:
         try:
-            readers.read(samples.name(index), first)
+            sides.append(min(readers.read(samples.name(index), first).shape[1:3]))
         except UnusableFileError as problem:
             print(f"  {problem}")
-    if not seen:
+    if not sides:
         return
-    side = statistics.median(min(track.height, track.width) for track in seen)
+    side = statistics.median(sides)
     print(f"  short side {side:.0f} pixels, {statistics.median(track.frames for track in seen):.0f} frames (medians)")
     if side > 400:
         print("  re-encoded to a short side of 320, such videos decode several times faster: python -m video.prepare")

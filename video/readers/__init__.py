@@ -40,6 +40,7 @@ __all__ = [
     "Choice",
     "Choose",
     "Decord",
+    "FrameFolder",
     "Frames",
     "Opened",
     "Reader",
@@ -89,8 +90,8 @@ def read(
 
     `choose` is given the `Track` and returns the indices to read, in any order, repeats allowed. Where a reader gives
     up, or the video turns out to be shorter than its header promised, it is called again, and must answer equal tracks
-    equally. A file whose short side is at least twice `short_side`, in pixels, is scaled down to `short_side` while
-    decoding; others come in their own size.
+    equally. A file whose short side is at least twice `short_side`, in pixels, may be scaled down to `short_side` while
+    decoding (by all readers but decord); others come in their own size.
 
     Raises `UnusableFileError`, with a reason in one line, for whatever cannot be read, and for a video of a single
     frame: that is a picture. Raises ValueError for a reader that is not installed.
@@ -147,7 +148,7 @@ def _distinct(chosen: Sequence[int], count: int) -> tuple[list[int], NDArray[np.
 
 
 def _shrunk(height: int, width: int, short_side: int | None) -> Size | None:
-    """Size to decode to; None to keep it: below twice the need, opening again costs what scaling saves."""
+    """Size to decode to; None to keep it: below twice the need, scaling saves nothing, and blurs."""
     if short_side is None or min(height, width) < 2 * short_side:
         return None
     scale = short_side / min(height, width)

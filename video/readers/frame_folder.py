@@ -46,10 +46,11 @@ class Opened(NamedTuple):
 
     def take(self, indices: Sequence[int], size: Size | None) -> Frames:
         """Read pictures at rising indices; raises `UnusableFileError` for one that is damaged or of another size."""
-        pixels = [images.read(os.path.join(self.folder, self.names[index])) for index in indices]
-        for index, one in zip(indices, pixels, strict=True):
-            if one.shape != pixels[0].shape:
-                sizes = f"{tuple(one.shape[-2:])}, not {tuple(pixels[0].shape[-2:])}"
+        pixels, usual = [], (self.track.height, self.track.width)
+        for index in indices:
+            pixels.append(images.read(os.path.join(self.folder, self.names[index])))
+            if pixels[-1].shape[-2:] != usual:
+                sizes = f"{tuple(pixels[-1].shape[-2:])}, not {usual}"
                 raise UnusableFileError(self.folder, f"its frame {self.names[index]} is of another size: {sizes}")
         stacked = torch.stack(pixels)
         if size is not None:

@@ -22,7 +22,7 @@ Video = str | Packed
 
 
 class Track(NamedTuple):
-    """What there is to choose from: frames, how many of them make a second (0: unknown), and their size as stored."""
+    """What there is to choose from: frames, how many of them make a second, and their size as stored; 0: not known."""
 
     frames: int
     fps: float
@@ -42,7 +42,7 @@ class Opened(Protocol):
         ...
 
     def take(self, indices: Sequence[int], size: Size | None) -> Frames:
-        """Decode the frames at rising indices, upright `(T, H, W, 3)`; of `size`, as stored, or their own.
+        """Decode the frames at rising indices, upright `(T, H, W, 3)`; of `size`, as stored, if it can.
 
         Raises `OverpromisedError` where the video is shorter, `RefusedError` where this reader would be wrong, and
         whatever its library raises.

@@ -1,0 +1,696 @@
+"""Prepares videos for training: small and quick to decode, in files or packed into shards. Originals are only read.
+
+    python -m video.prepare ROOT OUT
+    python -m video.prepare ROOT OUT --shards-mb 1000
+
+A video becomes H.264 in mp4, with a short side of at most 320 pixels, upright, and with a key frame at least every 32
+frames, so that a clip is found by decoding few frames besides its own. Its frames are those that `video.readers` gives,
+each at its own time: a variable rate stays one, and what an edit list cuts off is gone. A video that is like this
+already is copied, byte for byte: mp4 or mov with one stream of H.264 in 4:2:0, small enough, not rotated, key frames
+near enough, no edit list, and wholly decodable.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
+
+from convmae.data import UNLABELLED, UnusableFileError
+from convmae.files import append_line, lines, write_whole, writing
+from convmae.listing import Listing
+from convmae.shards import INDEX, Index, Place, index_of, save_index, write_shard
+from video import readers
+from video.readers.protocol import one_line
+from video.readers.pyav import Index as Packets
+from video.videos import Videos
+
+KEYS = 32
+"""Frames from one key frame to the next, at most."""
+PRESET = "fast"
+"""Of x264. At a short side of 320, slower ones save a few per cent of the size for twice the time."""
+FAILED = "failed.jsonl"
+SETTINGS = "prepare.json"
+PARTS = ".parts"
+
+
+# ---- one video -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How videos are encoded.
+
+    Args:
+        short_side: in pixels; smaller videos keep their size.
+        crf: x264's quality, lower is better and larger.
+        keep_audio: keep the sound, as AAC.
+    """
+
+    short_side: int = 320
+    crf: float = 23
+    keep_audio: bool = False
+
+
+class Task(NamedTuple):
+    """A video, where it goes, and how; without a target, it is only looked into."""
+
+    number: int
+    source: str
+    target: str | None
+    encoding: Encoding
+
+
+class Made(NamedTuple):
+    """What became of a video: a note where a part of it was lost."""
+
+    note: str = ""
+
+
+def work(task: Task) -> Made:
+    """Do what a task says. Raises `UnusableFileError`, and OSError where the disk is full."""
+    try:
+        if os.path.isdir(task.source):
+            raise UnusableFileError(task.source, "a folder of frames: there is nothing to re-encode")
+        if task.target is None:
+            readers.read(task.source, lambda track: [0])
+            return Made()
+        return encode(task.source, Path(task.target), task.encoding)
+    except UnusableFileError:
+        raise
+    except Exception as problem:  # decoders raise almost anything on damaged data
+        if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(errno.ENOSPC, "no space left") from problem
+        raise UnusableFileError(task.source, f"cannot be re-encoded ({one_line(problem)})") from problem
+
+
+def encode(source: str, target: Path, encoding: Encoding) -> Made:
+    """Write a video anew, or copy it where it is good as it is; the target is there as a whole or not at all.
+
+    Where a video breaks off, the frames before are kept, and the note says so. Raises `UnusableFileError` for one of
+    less than two frames, and whatever PyAV does.
+    """
+    readers.read(source, lambda track: [0], reader="pyav")  # says in one line what is wrong with it, if anything is
+    with av.open(source) as given:
+        packets = Packets.of(given, _video(given))
+        good = _is_good(given, _video(given), packets, encoding)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if good and _is_whole(source, packets.frames):
+        with writing(target) as file, open(source, "rb") as original:
+            shutil.copyfileobj(original, file)
+        return Made()
+    with writing(target) as file, av.open(source) as given:
+        stream = _video(given)
+        with av.open(file.name, "w", format="mp4", options={"movflags": "+faststart"}) as made:
+            frames, problem = _write(made, given, stream, packets, encoding)
+            if encoding.keep_audio and given.streams.audio:
+                _write_audio(made, source, stream)
+        if frames < 2:
+            raise UnusableFileError(source, "holds a single frame that can be decoded: a picture, not a video")
+    if problem or frames < packets.frames:
+        why = f" ({problem})" if problem else ""
+        return Made(f"{frames} of {packets.frames} frames could be decoded{why}; these were kept")
+    return Made()
+
+
+def _video(container: InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    assert isinstance(stream, VideoStream)
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _is_good(container: InputContainer, stream: VideoStream, packets: Packets, encoding: Encoding) -> bool:
+    """Whether a file says that there is nothing to gain: its frames are not looked at."""
+    times = packets.times
+    if times is None or "mp4" not in container.format.name or len(container.streams.video) != 1:
+        return False
+    keys = [*(times.index(key) for key in packets.keys), packets.frames]
+    return (
+        stream.codec_context.name == "h264"
+        and stream.pix_fmt in ("yuv420p", "yuvj420p")
+        and min(stream.height, stream.width) <= encoding.short_side
+        and stream.frames == packets.frames  # an edit list leaves packets out
+        and keys[0] == 0
+        and max(after - key for key, after in pairwise(keys)) <= KEYS
+        and (encoding.keep_audio or not container.streams.audio)
+    )
+
+
+def _is_whole(source: str, frames: int) -> bool:
+    """Whether all frames can be decoded, and are upright."""
+    with av.open(source) as container:
+        try:
+            upright = [not frame.rotation and not frame.is_corrupt for frame in container.decode(_video(container))]
+        except av.error.FFmpegError:
+            return False
+    return all(upright) and len(upright) == frames
+
+
+def _write(
+    made: OutputContainer, given: InputContainer, stream: VideoStream, packets: Packets, encoding: Encoding
+) -> tuple[int, str]:
+    """Encode the frames up to where the file breaks off; gives their number, and what is wrong there."""
+    rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    # A container without times has a rate; what FFmpeg makes up for its packets may not even rise.
+    base = cast(Fraction, stream.time_base) if packets.times is not None else 1 / rate
+    out, frames, first, last, problem = None, 0, 0, -1, ""
+    decoded = given.decode(stream)
+    while True:
+        try:
+            frame = next(decoded, None)
+        except av.error.FFmpegError as error:
+            frame, problem = None, one_line(error)
+        if frame is None:
+            break
+        if out is None:
+            height, width, turns = _size(frame, encoding.short_side)
+            out = _stream(made, frame, (width, height) if turns % 2 else (height, width), rate, base, encoding)
+            first = frame.pts or 0
+        time = frames if packets.times is None or frame.pts is None else frame.pts - first
+        last = max(time, last + 1)
+        picture = frame.reformat(width=width, height=height, format="yuv420p", interpolation="BICUBIC")
+        picture = _turned(picture, turns) if turns else picture
+        # The encoder would take the old types of frames for orders.
+        picture.pict_type, picture.pts, picture.time_base = PictureType.NONE, last, base
+        made.mux(out.encode(picture))
+        frames += 1
+    if out is not None:
+        made.mux(out.encode())
+    return frames, problem
+
+
+def _size(frame: VideoFrame, short_side: int) -> tuple[int, int, int]:
+    """Height and width to scale to, even numbers, not yet upright; and quarter turns that make it so."""
+    scale = min(short_side / min(frame.height, frame.width), 1)
+    height, width = (max(2 * round(side * scale / 2 - 0.01), 2) for side in (frame.height, frame.width))
+    return height, width, round(frame.rotation / 90) % 4
+
+
+def _stream(
+    made: OutputContainer, frame: VideoFrame, size: tuple[int, int], rate: Fraction, base: Fraction, encoding: Encoding
+) -> VideoStream:
+    options = {"crf": str(encoding.crf), "preset": PRESET, "g": str(KEYS)}
+    out = made.add_stream("libx264", rate=rate, options=options)
+    assert isinstance(out, VideoStream)
+    out.height, out.width = size
+    out.pix_fmt, out.time_base = "yuv420p", base
+    context = out.codec_context
+    context.thread_count, context.time_base = 1, base
+    # Else readers would take the colours for others than they are.
+    context.colorspace, context.color_range = frame.colorspace, frame.color_range
+    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    return out
+
+
+def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
+    """A 4:2:0 frame of even size, turned counter-clockwise by quarters."""
+    height, width = frame.height, frame.width
+    planes = frame.to_ndarray()
+    colours = planes[height:].reshape(2, height // 2, width // 2)
+    turned = [np.rot90(plane, turns) for plane in (planes[:height], *colours)]
+    flat = np.concatenate([plane.ravel() for plane in turned])
+    return VideoFrame.from_ndarray(flat.reshape(-1, turned[0].shape[1]), format="yuv420p")
+
+
+def _write_audio(made: OutputContainer, source: str, video: VideoStream) -> None:
+    """Encode the sound, as far as it can be decoded, moved in time as the pictures are."""
+    begins = Fraction(video.start_time or 0) * cast(Fraction, video.time_base)
+    with av.open(source) as given:
+        stream = given.streams.best("audio")
+        assert isinstance(stream, AudioStream)
+        out = made.add_stream("aac", rate=stream.rate)
+        out.layout = stream.layout
+        try:
+            for frame in given.decode(stream):
+                if frame.pts is not None and frame.time_base is not None:
+                    frame.pts -= round(begins / frame.time_base)
+                made.mux(out.encode(frame))
+        except av.error.FFmpegError:
+            pass  # no part of what models see
+        made.mux(out.encode())
+
+
+# ---- many videos -----------------------------------------------------------------------------------------------------
+
+
+def in_processes(
+    tasks: Iterable[Task], *, workers: int, seconds: float
+) -> Iterator[tuple[Task, Made | UnusableFileError]]:
+    """Do tasks in other processes, as many at once, and give what became of each, as they finish.
+
+    A process that takes more than so many seconds for a task is ended, and one that crashes is replaced: the file is
+    blamed. Raises OSError where the disk is full.
+    """
+    from pebble import ProcessExpired, ProcessPool
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "video.prepare"])
+    pool = ProcessPool(max_workers=workers, context=context, initializer=_leave_signals_to_the_parent)
+    remaining, under_way = iter(tasks), dict[Future[Made], Task]()
+    try:
+        while True:
+            for task in islice(remaining, 4 * workers - len(under_way)):
+                under_way[pool.schedule(work, (task,), timeout=seconds)] = task
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                task = under_way.pop(future)
+                try:
+                    yield task, future.result()
+                except UnusableFileError as problem:
+                    yield task, problem
+                except TimeoutError:
+                    yield task, UnusableFileError(task.source, f"took more than {seconds:g} s")
+                except ProcessExpired as death:
+                    code = death.exitcode or 0
+                    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    yield task, UnusableFileError(task.source, f"ended the process that read it ({how})")
+    finally:
+        pool.stop()  # type: ignore[no-untyped-call]
+        pool.join()
+
+
+def _leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Summary(NamedTuple):
+    """What `prepare` did: how many videos are there now, how many of them were before, and which are not, and why."""
+
+    videos: int
+    before: int
+    failed: tuple[UnusableFileError, ...]
+    notes: tuple[UnusableFileError, ...]
+    """Videos of which a part was lost."""
+
+
+Seen = Callable[[Made | UnusableFileError], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The videos of a data set, and where they go."""
+
+    out: Path
+    listing: Listing
+    sources: Sequence[str]
+    names: Sequence[str]
+    """Of the results, without an ending; relative to `out`."""
+    encoding: Encoding
+    run: Callable[[Iterable[Task]], Iterator[tuple[Task, Made | UnusableFileError]]]
+
+    def note(self, result: Made | UnusableFileError, number: int) -> None:
+        """Keep what went wrong, for those who look later and for a run that goes on."""
+        reason = result.note if isinstance(result, Made) else result.reason
+        if reason:
+            kept = isinstance(result, Made)
+            append_line(self.out / FAILED, {"file": self.sources[number], "kept": kept, "reason": reason})
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget what went wrong with videos that are tried again."""
+        again = {self.sources[number] for number in numbers}
+        kept = [line for line in lines(self.out / FAILED) if line["file"] not in again]
+        write_whole(self.out / FAILED, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def prepare(
+    root: Path,
+    out: Path,
+    *,
+    encoding: Encoding = Encoding(),
+    shards_mb: float | None = None,
+    copy: bool = False,
+    workers: int | None = None,
+    seconds_per_file: float = 600,
+) -> Summary:
+    """Re-encode the videos of a folder or a list into another folder, or pack them into shards there.
+
+    What is there already, from a run that was interrupted, is kept. Files keep their names, but for the ending, and
+    `list.csv` lists them with their classes. Shards hold them in an order shuffled once, so that each has videos of all
+    classes; interrupted or not, they come out the same. Videos that cannot be read are in `failed.jsonl`; those that
+    were not packed or written then are tried again by the next run.
+
+    Args:
+        root: what `video.videos.Videos` takes: a folder, or a list.
+        out: a folder that is not in `root`.
+        encoding: how videos are encoded.
+        shards_mb: pack into shards of about so many megabytes.
+        copy: pack the videos as they are.
+        workers: processes; None: as many as there are CPUs to use.
+        seconds_per_file: a video that takes longer is given up.
+
+    Raises:
+        ValueError: there are no videos, `out` holds something else or is in `root`, another run writes there, libx264
+            is missing, or the disk is full.
+    """
+    if copy and shards_mb is None:
+        raise ValueError("--copy packs videos as they are: it takes --shards-mb, too")
+    for name, number in (("short_side", encoding.short_side), ("shards_mb", shards_mb or 2), ("workers", workers or 2)):
+        if number < (2 if name == "short_side" else 0) or number != number:
+            raise ValueError(f"{name}={number} is too little")
+    if not copy and "libx264" not in av.codecs_available:
+        raise ValueError(
+            "this build of PyAV has no libx264 to encode with: install a wheel, `pip install --upgrade av`"
+        )
+    videos = Videos(root=Path(root))
+    listing = videos.listing()
+    sources = [os.path.join(videos.base, name) for name in listing.files]
+    _check_apart(Path(root), out, sources)
+    names = _names(sources, str(videos.base), keys=shards_mb is not None)
+    count = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out), _shown(len(sources)) as seen:
+            _settle(out, _settings(root, sources, encoding, shards_mb, copy))
+
+            def run(tasks: Iterable[Task]) -> Iterator[tuple[Task, Made | UnusableFileError]]:
+                for task, result in in_processes(tasks, workers=count, seconds=seconds_per_file):
+                    seen(result)
+                    yield task, result
+
+            job = _Job(out, listing, sources, names, encoding, run)
+            _sweep(out)
+            try:
+                return _into_files(job, seen) if shards_mb is None else _into_shards(job, shards_mb * 1e6, copy, seen)
+            finally:
+                _sweep(out)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"{out} cannot be written: {problem}") from problem
+        raise ValueError(f"{out}: the disk is full; make room, and the same command goes on") from problem
+
+
+def _into_files(job: _Job, seen: Callable[..., None]) -> Summary:
+    targets = [job.out / f"{name}.mp4" for name in job.names]
+    todo = [number for number, target in enumerate(targets) if not target.exists()]
+    job.forget(todo)
+    before = len(targets) - len(todo)
+    seen(None, before)
+    for task, result in job.run(
+        Task(number, job.sources[number], str(targets[number]), job.encoding) for number in todo
+    ):
+        job.note(result, task.number)
+    there = [number for number, target in enumerate(targets) if target.exists()]
+    _write_list(job, there)
+    return _summary(job, len(there), before)
+
+
+def _write_list(job: _Job, numbers: Sequence[int]) -> None:
+    """List the videos that are there; with their classes, where all have one."""
+    import csv
+    import io
+
+    labels, classes = job.listing.labels, job.listing.classes
+    with_class = len(numbers) > 0 and all(labels[number] != UNLABELLED for number in numbers)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    for number in numbers:
+        file = f"{job.names[number]}.mp4"
+        table.writerow([file, classes[labels[number]]] if with_class else [file])
+    write_whole(job.out / "list.csv", text.getvalue())
+
+
+def _into_shards(job: _Job, size: float, copy: bool, seen: Callable[..., None]) -> Summary:
+    order = list(range(len(job.sources)))
+    random.Random(0).shuffle(order)
+    place = Place(str(job.out), None)
+    done = sorted(job.out.glob("shard-*.tar"))
+    packed = _packed(index_of(place)) if done else set()
+    start = max((place + 1 for place, number in enumerate(order) if job.names[number] in packed), default=0)
+    parts = {number: job.out / PARTS / f"{place:08}.mp4" for place, number in enumerate(order)}
+    for number in order[:start]:
+        parts[number].unlink(missing_ok=True)
+    ready = set() if copy else {number for number in order[start:] if parts[number].exists()}
+    job.forget(number for number in order[start:] if number not in ready)
+    seen(None, start + len(ready))
+    results = job.run(
+        Task(number, job.sources[number], None if copy else str(parts[number]), job.encoding)
+        for number in order[start:]
+        if number not in ready
+    )
+    shards = _in_turn(job, order[start:], ready, results)
+    count, bytes_, members = len(done), 0, list[tuple[int, Path]]()
+    for number in shards:
+        path = Path(job.sources[number]) if copy else parts[number]
+        members.append((number, path))
+        bytes_ += path.stat().st_size
+        if bytes_ >= size:
+            _pack(job, count, members, copy)
+            count, bytes_, members = count + 1, 0, []
+    if members:
+        _pack(job, count, members, copy)
+    shutil.rmtree(job.out / PARTS, ignore_errors=True)
+    if not list(job.out.glob("shard-*.tar")):
+        return _summary(job, 0, 0)
+    index = index_of(place)
+    save_index(place.path(INDEX), Index(index.shards, job.listing.classes))
+    return _summary(job, len(_packed(index)), len(packed) + len(ready))
+
+
+def _packed(index: Index) -> set[str]:
+    """The keys of videos that are in shards."""
+    return {os.path.splitext(member.name)[0] for shard in index.shards.values() for member in shard.members}
+
+
+def _in_turn(
+    job: _Job, order: Sequence[int], ready: set[int], results: Iterator[tuple[Task, Made | UnusableFileError]]
+) -> Iterator[int]:
+    """The videos that can be packed, in this order, as soon as those before are done."""
+    done = dict.fromkeys(ready, True)
+    for number in order:
+        while number not in done:
+            task, result = next(results)
+            job.note(result, task.number)
+            done[task.number] = isinstance(result, Made)
+        if done.pop(number):
+            yield number
+
+
+def _pack(job: _Job, count: int, videos: Sequence[tuple[int, Path]], copy: bool) -> None:
+    def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for number, path in videos:
+            members = {path.suffix[1:].lower(): path.read_bytes()}
+            if job.listing.labels[number] != UNLABELLED:
+                members["cls"] = str(int(job.listing.labels[number])).encode()
+            yield job.names[number], members
+
+    write_shard(job.out / f"shard-{count:06}.tar", samples())
+    if not copy:
+        for _, path in videos:
+            path.unlink(missing_ok=True)
+
+
+def _summary(job: _Job, videos: int, before: int) -> Summary:
+    own = set(job.sources)
+    found = [line for line in lines(job.out / FAILED) if line["file"] in own]
+    failed = [UnusableFileError(line["file"], line["reason"]) for line in found if not line["kept"]]
+    notes = [UnusableFileError(line["file"], line["reason"]) for line in found if line["kept"]]
+    if not failed and not notes:
+        (job.out / FAILED).unlink(missing_ok=True)
+    return Summary(videos, before, tuple(failed), tuple(notes))
+
+
+# ---- the folder that is written to -----------------------------------------------------------------------------------
+
+
+def _check_apart(root: Path, out: Path, sources: Sequence[str]) -> None:
+    """Refuse to write among the originals."""
+    there, below = out.resolve(), f"{out.resolve()}{os.sep}"
+    if root.is_dir() and there.is_relative_to(root.resolve()):
+        raise ValueError(f"{out} is in {root}, or the same: the originals stay alone; choose another folder")
+    if inside := [source for source in sources if os.path.abspath(source).startswith(below)]:
+        raise ValueError(f"{out} holds originals, {inside[0]} for one: choose another folder")
+
+
+def _names(sources: Sequence[str], base: str, *, keys: bool) -> list[str]:
+    """Names for the results: the originals' without ending, relative to what they have in common.
+
+    Of those that differ in their ending only, each has its ending added. Keys have no dots in their last part.
+    """
+    paths = [os.path.abspath(source) for source in sources]
+    base = os.path.abspath(base)
+    if any(not path.startswith(base + os.sep) for path in paths):
+        base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    parts = [os.path.splitext(os.path.relpath(path, base)) for path in paths]
+    plain = [f"{folder}/{name}" if folder else name for folder, name in (os.path.split(stem) for stem, _ in parts)]
+    if keys:
+        plain = [f"{name.rpartition('/')[0]}/{name.rpartition('/')[2].replace('.', '_')}".lstrip("/") for name in plain]
+    times = Counter(plain)
+    names = [
+        name if times[name] == 1 else f"{name}-{ending[1:].lower()}"
+        for name, (_, ending) in zip(plain, parts, strict=True)
+    ]
+    if again := [source for source, name in zip(sources, names, strict=True) if Counter(names)[name] > 1][:2]:
+        raise ValueError(f"{again[0]} and {again[1]} would get the same name: rename one of them")
+    return names
+
+
+def _settings(
+    root: Path, sources: Sequence[str], encoding: Encoding, shards_mb: float | None, copy: bool
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {"root": str(Path(root).absolute()), **asdict(encoding), "shards_mb": shards_mb}
+    if shards_mb is not None:  # a video more, and the order would be another
+        settings |= {
+            "copy": copy,
+            "videos": hashlib.sha256("\0".join(sources).encode(errors="surrogateescape")).hexdigest(),
+        }
+    return settings
+
+
+def _settle(out: Path, settings: dict[str, Any]) -> None:
+    """Begin with these settings, or go on with them; raises ValueError where others were begun with."""
+    path = out / SETTINGS
+    if not path.exists():
+        if others := [other.name for other in out.iterdir()]:
+            raise ValueError(f"{out} holds {others[0]!r} and was not begun by this command: choose a new folder")
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+        return
+    begun = json.loads(path.read_text())
+    if begun != settings:
+        names = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
+        changed = ", ".join(f"{name} was {begun.get(name)!r}, now {settings.get(name)!r}" for name in names)
+        raise ValueError(f"{out} was begun with other settings ({changed}): choose a new folder, or those settings")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Raises ValueError where another process prepares videos there."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {out}: wait for it, or end it") from None
+    finally:
+        os.close(folder)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what ended processes left half written."""
+    for left in out.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _shown(total: int) -> Iterator[Callable[..., None]]:
+    """How far it is, on a terminal as a bar, elsewhere as a line every 30 seconds; gives what to tell each result."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
+    done = failed = now = 0
+    began = said = time.monotonic()
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("videos", total=total, failed=0)
+
+        def seen(result: Made | UnusableFileError | None, count: int = 1) -> None:
+            nonlocal done, failed, now, said
+            done, failed = done + count, failed + isinstance(result, UnusableFileError)
+            now += count if result is not None else 0
+            bar.update(task, completed=done, failed=failed)
+            if not console.is_terminal and time.monotonic() - said > 30:
+                said = time.monotonic()
+                rate = now / (said - began)
+                left = (total - done) / rate / 60 if rate else float("inf")
+                print(f"{done} of {total} videos, {failed} failed, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr)
+
+        yield seen
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Make videos small and quick to decode, or pack them into shards; originals are only read.
+
+    Interrupted, the same command goes on.
+
+    Args:
+        root: a folder of videos, or a list of them.
+        out: a new folder.
+        short_side: in pixels; smaller videos keep their size.
+        shards_mb: pack into shards of about so many megabytes.
+        workers: processes; None: as many as there are CPUs.
+        crf: x264's quality, lower is better and larger.
+        keep_audio: keep the sound.
+        seconds_per_file: a video that takes longer is given up.
+        copy: pack videos as they are.
+    """
+
+    root: Path
+    out: Path
+    short_side: int = 320
+    shards_mb: float | None = None
+    workers: int | None = None
+    crf: float = 23
+    keep_audio: bool = False
+    seconds_per_file: float = 600
+    copy: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare videos as the command line says; the exit code, 1 where no video could be, 2 where it cannot be done."""
+    import tyro
+
+    options = tyro.cli(
+        _Options,
+        args=arguments,
+        prog="python -m video.prepare",
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        summary = prepare(
+            options.root,
+            options.out,
+            encoding=Encoding(short_side=options.short_side, crf=options.crf, keep_audio=options.keep_audio),
+            shards_mb=options.shards_mb,
+            copy=options.copy,
+            workers=options.workers,
+            seconds_per_file=options.seconds_per_file,
+        )
+    except ValueError as problem:
+        print(f"python -m video.prepare: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    print(f"{options.out}: {summary.videos} videos, {summary.before} of which were there before")
+    for what, found in (("could not be used", summary.failed), ("lost a part", summary.notes)):
+        if found:
+            print(f"{len(found)} {what}; all are in {options.out / FAILED}")
+            for problem_ in found[:10]:
+                print(f"  {problem_}")
+    return 0 if summary.videos else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
