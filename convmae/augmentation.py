@@ -52,7 +52,7 @@ def window(pixels: Tensor, size: tuple[int, int], place: float) -> Tensor:
 class CentreCrop:
     """The centre, for tests: pixels are resized to cover `ratio` times the size, then cut.
 
-    The default is ImageNet's usual test: short side 256 for crops of 224, bicubic. VideoMAE's is ratio 1, bilinear.
+    The default is ImageNet's usual test: short side 256 for crops of 224, bicubic. Ratio 1 keeps all of that side.
     """
 
     ratio: float = 256 / 224
@@ -161,7 +161,7 @@ class RandAugment:
     timm's `rand-m7-n4-mstd0.5-inc1` is the default, VideoMAE's for finetuning; ops=2 and magnitude=9 is
     `rand-m9-mstd0.5-inc1`, for images. Each distortion is chosen from `DISTORTIONS`, so the same one may come twice;
     `distort` says what a magnitude, as a part of 10, does. torchvision's own RandAugment has not quite the same kinds
-    (neither "invert" nor "add below half", but none at all; posterize to 8 to 4 bits, where here it is 4 to 0), applies
+    (neither "invert" nor "add below half", but none at all; posterize to 8 to 4 bits, where here it is 4 to 1), applies
     all that it chooses, and all at one magnitude.
 
     Args:

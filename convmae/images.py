@@ -38,14 +38,6 @@ class Crop(Protocol):
         ...
 
 
-class Augment(Protocol):
-    """Changes an image, or all frames of a clip in the same way; see `convmae.augmentation`."""
-
-    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Change pixels uint8 `(..., 3, h, w)`, of which the shape stays; all randomness comes from the generator."""
-        ...
-
-
 def resize(pixels: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Resize pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`, without aliasing.
 

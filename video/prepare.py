@@ -24,9 +24,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice, pairwise
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
+from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.video.frame import PictureType, VideoFrame
@@ -97,7 +98,7 @@ def work(task: Task) -> Made:
         if os.path.isdir(task.source):
             raise UnusableFileError(task.source, "a folder of frames: there is nothing to re-encode")
         if task.target is None:
-            readers.read(task.source, lambda track: [0])
+            readers.read(task.source, lambda track: [0], reader="pyav")
             return Made()
         return encode(task.source, Path(task.target), task.encoding)
     except UnusableFileError:
@@ -127,8 +128,6 @@ def encode(source: str, target: Path, encoding: Encoding) -> Made:
         stream = _video(given)
         with av.open(file.name, "w", format="mp4", options={"movflags": "+faststart"}) as made:
             frames, problem = _write(made, given, stream, packets, encoding)
-            if encoding.keep_audio and given.streams.audio:
-                _write_audio(made, source, stream)
         if frames < 2:
             raise UnusableFileError(source, "holds a single frame that can be decoded: a picture, not a video")
     if problem or frames < packets.frames:
@@ -178,18 +177,21 @@ def _write(
     rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
     # A container without times has a rate; what FFmpeg makes up for its packets may not even rise.
     base = cast(Fraction, stream.time_base) if packets.times is not None else 1 / rate
-    out, frames, first, last, problem = None, 0, 0, -1, ""
+    out = sound = None
+    frames, first, last, problem = 0, 0, -1, ""
     decoded = given.decode(stream)
     while True:
         try:
             frame = next(decoded, None)
         except av.error.FFmpegError as error:
-            frame, problem = None, one_line(error)
+            frame, problem = None, str(error.strerror or type(error).__name__)
         if frame is None:
             break
         if out is None:
             height, width, turns = _size(frame, encoding.short_side)
             out = _stream(made, frame, (width, height) if turns % 2 else (height, width), rate, base, encoding)
+            if encoding.keep_audio and given.streams.audio:
+                sound = made.add_stream("aac", rate=given.streams.audio[0].rate)
             first = frame.pts or 0
         time = frames if packets.times is None or frame.pts is None else frame.pts - first
         last = max(time, last + 1)
@@ -201,12 +203,15 @@ def _write(
         frames += 1
     if out is not None:
         made.mux(out.encode())
+    if sound is not None:
+        _write_audio(made, sound, given.name, first * cast(Fraction, stream.time_base))
     return frames, problem
 
 
 def _size(frame: VideoFrame, short_side: int) -> tuple[int, int, int]:
     """Height and width to scale to, even numbers, not yet upright; and quarter turns that make it so."""
     scale = min(short_side / min(frame.height, frame.width), 1)
+    # An odd side loses a pixel; nothing is enlarged.
     height, width = (max(2 * round(side * scale / 2 - 0.01), 2) for side in (frame.height, frame.width))
     return height, width, round(frame.rotation / 90) % 4
 
@@ -237,22 +242,23 @@ def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
     return VideoFrame.from_ndarray(flat.reshape(-1, turned[0].shape[1]), format="yuv420p")
 
 
-def _write_audio(made: OutputContainer, source: str, video: VideoStream) -> None:
-    """Encode the sound, as far as it can be decoded, moved in time as the pictures are."""
-    begins = Fraction(video.start_time or 0) * cast(Fraction, video.time_base)
+def _write_audio(made: OutputContainer, out: AudioStream, source: str, begins: Fraction) -> None:
+    """Encode the sound, as far as it can be decoded; the pictures begin at so many seconds."""
     with av.open(source) as given:
-        stream = given.streams.best("audio")
-        assert isinstance(stream, AudioStream)
-        out = made.add_stream("aac", rate=stream.rate)
-        out.layout = stream.layout
-        try:
-            for frame in given.decode(stream):
-                if frame.pts is not None and frame.time_base is not None:
-                    frame.pts -= round(begins / frame.time_base)
-                made.mux(out.encode(frame))
-        except av.error.FFmpegError:
-            pass  # no part of what models see
+        time = None
+        for frame in _heard(given):
+            if time is None:
+                time = round(((frame.pts or 0) * (frame.time_base or 0) - begins) * frame.sample_rate)
+            # counted in samples: the times of some containers are coarser than that
+            frame.pts, frame.time_base = time, Fraction(1, frame.sample_rate)
+            time += frame.samples
+            made.mux(out.encode(frame))
         made.mux(out.encode())
+
+
+def _heard(given: InputContainer) -> Iterator[AudioFrame]:
+    with suppress(av.error.FFmpegError):  # models see the pictures
+        yield from given.decode(given.streams.audio[0])
 
 
 # ---- many videos -----------------------------------------------------------------------------------------------------
@@ -269,7 +275,7 @@ def in_processes(
     from pebble import ProcessExpired, ProcessPool
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "video.prepare"])
+    context.set_forkserver_preload(["convmae.shards", "video.videos"])  # what takes time to import
     pool = ProcessPool(max_workers=workers, context=context, initializer=_leave_signals_to_the_parent)
     remaining, under_way = iter(tasks), dict[Future[Made], Task]()
     try:
@@ -309,9 +315,6 @@ class Summary(NamedTuple):
     """Videos of which a part was lost."""
 
 
-Seen = Callable[[Made | UnusableFileError], None]
-
-
 @dataclass(frozen=True)
 class _Job:
     """The videos of a data set, and where they go."""
@@ -322,7 +325,16 @@ class _Job:
     names: Sequence[str]
     """Of the results, without an ending; relative to `out`."""
     encoding: Encoding
-    run: Callable[[Iterable[Task]], Iterator[tuple[Task, Made | UnusableFileError]]]
+    workers: int
+    seconds: float
+    shown: _Shown
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Made | UnusableFileError]]:
+        """Do tasks, show them and keep what went wrong; gives their numbers and results, as they finish."""
+        for task, result in in_processes(tasks, workers=self.workers, seconds=self.seconds):
+            self.shown.see(result)
+            self.note(result, task.number)
+            yield task.number, result
 
     def note(self, result: Made | UnusableFileError, number: int) -> None:
         """Keep what went wrong, for those who look later and for a run that goes on."""
@@ -369,10 +381,12 @@ def prepare(
             is missing, or the disk is full.
     """
     if copy and shards_mb is None:
-        raise ValueError("--copy packs videos as they are: it takes --shards-mb, too")
-    for name, number in (("short_side", encoding.short_side), ("shards_mb", shards_mb or 2), ("workers", workers or 2)):
-        if number < (2 if name == "short_side" else 0) or number != number:
-            raise ValueError(f"{name}={number} is too little")
+        raise ValueError("copy packs videos as they are: it takes shards_mb, too")
+    numbers = {"shards_mb": shards_mb, "workers": workers, "seconds_per_file": seconds_per_file}
+    if wrong := {name: number for name, number in numbers.items() if number is not None and not number > 0}:
+        raise ValueError(", ".join(f"{name}={number} is not above 0" for name, number in wrong.items()))
+    if encoding.short_side < 2:
+        raise ValueError(f"short_side={encoding.short_side} is below 2")
     if not copy and "libx264" not in av.codecs_available:
         raise ValueError(
             "this build of PyAV has no libx264 to encode with: install a wheel, `pip install --upgrade av`"
@@ -382,21 +396,14 @@ def prepare(
     sources = [os.path.join(videos.base, name) for name in listing.files]
     _check_apart(Path(root), out, sources)
     names = _names(sources, str(videos.base), keys=shards_mb is not None)
-    count = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out), _shown(len(sources)) as seen:
+        with _alone(out), _Shown(len(sources)) as shown:
             _settle(out, _settings(root, sources, encoding, shards_mb, copy))
-
-            def run(tasks: Iterable[Task]) -> Iterator[tuple[Task, Made | UnusableFileError]]:
-                for task, result in in_processes(tasks, workers=count, seconds=seconds_per_file):
-                    seen(result)
-                    yield task, result
-
-            job = _Job(out, listing, sources, names, encoding, run)
+            job = _Job(out, listing, sources, names, encoding, workers or _cpus(), seconds_per_file, shown)
             _sweep(out)
             try:
-                return _into_files(job, seen) if shards_mb is None else _into_shards(job, shards_mb * 1e6, copy, seen)
+                return _into_files(job) if shards_mb is None else _into_shards(job, shards_mb * 1e6, copy)
             finally:
                 _sweep(out)
     except OSError as problem:
@@ -405,16 +412,14 @@ def prepare(
         raise ValueError(f"{out}: the disk is full; make room, and the same command goes on") from problem
 
 
-def _into_files(job: _Job, seen: Callable[..., None]) -> Summary:
+def _into_files(job: _Job) -> Summary:
     targets = [job.out / f"{name}.mp4" for name in job.names]
     todo = [number for number, target in enumerate(targets) if not target.exists()]
     job.forget(todo)
     before = len(targets) - len(todo)
-    seen(None, before)
-    for task, result in job.run(
-        Task(number, job.sources[number], str(targets[number]), job.encoding) for number in todo
-    ):
-        job.note(result, task.number)
+    job.shown.pass_over(before)
+    for _ in job.run(Task(number, job.sources[number], str(targets[number]), job.encoding) for number in todo):
+        pass
     there = [number for number, target in enumerate(targets) if target.exists()]
     _write_list(job, there)
     return _summary(job, len(there), before)
@@ -435,7 +440,7 @@ def _write_list(job: _Job, numbers: Sequence[int]) -> None:
     write_whole(job.out / "list.csv", text.getvalue())
 
 
-def _into_shards(job: _Job, size: float, copy: bool, seen: Callable[..., None]) -> Summary:
+def _into_shards(job: _Job, size: float, copy: bool) -> Summary:
     order = list(range(len(job.sources)))
     random.Random(0).shuffle(order)
     place = Place(str(job.out), None)
@@ -447,15 +452,14 @@ def _into_shards(job: _Job, size: float, copy: bool, seen: Callable[..., None]) 
         parts[number].unlink(missing_ok=True)
     ready = set() if copy else {number for number in order[start:] if parts[number].exists()}
     job.forget(number for number in order[start:] if number not in ready)
-    seen(None, start + len(ready))
+    job.shown.pass_over(start + len(ready))
     results = job.run(
         Task(number, job.sources[number], None if copy else str(parts[number]), job.encoding)
         for number in order[start:]
         if number not in ready
     )
-    shards = _in_turn(job, order[start:], ready, results)
     count, bytes_, members = len(done), 0, list[tuple[int, Path]]()
-    for number in shards:
+    for number in _in_turn(order[start:], ready, results):
         path = Path(job.sources[number]) if copy else parts[number]
         members.append((number, path))
         bytes_ += path.stat().st_size
@@ -478,15 +482,14 @@ def _packed(index: Index) -> set[str]:
 
 
 def _in_turn(
-    job: _Job, order: Sequence[int], ready: set[int], results: Iterator[tuple[Task, Made | UnusableFileError]]
+    order: Sequence[int], ready: set[int], results: Iterator[tuple[int, Made | UnusableFileError]]
 ) -> Iterator[int]:
     """The videos that can be packed, in this order, as soon as those before are done."""
     done = dict.fromkeys(ready, True)
     for number in order:
         while number not in done:
-            task, result = next(results)
-            job.note(result, task.number)
-            done[task.number] = isinstance(result, Made)
+            finished, result = next(results)
+            done[finished] = isinstance(result, Made)
         if done.pop(number):
             yield number
 
@@ -545,7 +548,8 @@ def _names(sources: Sequence[str], base: str, *, keys: bool) -> list[str]:
         name if times[name] == 1 else f"{name}-{ending[1:].lower()}"
         for name, (_, ending) in zip(plain, parts, strict=True)
     ]
-    if again := [source for source, name in zip(sources, names, strict=True) if Counter(names)[name] > 1][:2]:
+    times = Counter(names)
+    if again := [source for source, name in zip(sources, names, strict=True) if times[name] > 1]:
         raise ValueError(f"{again[0]} and {again[1]} would get the same name: rename one of them")
     return names
 
@@ -596,32 +600,51 @@ def _sweep(out: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-@contextmanager
-def _shown(total: int) -> Iterator[Callable[..., None]]:
-    """How far it is, on a terminal as a bar, elsewhere as a line every 30 seconds; gives what to tell each result."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+class _Shown:
+    """How far it is: on a terminal a bar, elsewhere a line every 30 seconds."""
 
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
-    done = failed = now = 0
-    began = said = time.monotonic()
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("videos", total=total, failed=0)
+        self.total = total
+        self.done = self.before = self.failed = 0
+        self.began = self.said = time.monotonic()
+        console = Console(stderr=True)
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
+        self.silent = not console.is_terminal
+        self.bar = Progress(*columns, console=console, disable=self.silent)
+        self.task = self.bar.add_task("videos", total=total, failed=0)
 
-        def seen(result: Made | UnusableFileError | None, count: int = 1) -> None:
-            nonlocal done, failed, now, said
-            done, failed = done + count, failed + isinstance(result, UnusableFileError)
-            now += count if result is not None else 0
-            bar.update(task, completed=done, failed=failed)
-            if not console.is_terminal and time.monotonic() - said > 30:
-                said = time.monotonic()
-                rate = now / (said - began)
-                left = (total - done) / rate / 60 if rate else float("inf")
-                print(f"{done} of {total} videos, {failed} failed, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr)
+    def __enter__(self) -> _Shown:
+        self.bar.start()
+        return self
 
-        yield seen
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def pass_over(self, count: int) -> None:
+        """So many were done before."""
+        self.done = self.before = count
+        self.bar.update(self.task, completed=count)
+
+    def see(self, result: Made | UnusableFileError) -> None:
+        """One more is done."""
+        self.done += 1
+        self.failed += isinstance(result, UnusableFileError)
+        self.bar.update(self.task, completed=self.done, failed=self.failed)
+        now = time.monotonic()
+        if self.silent and now - self.said > 30:
+            self.said = now
+            rate = (self.done - self.before) / (now - self.began)
+            minutes = (self.total - self.done) / rate / 60
+            numbers = f"{self.done} of {self.total} videos, {self.failed} failed, {rate:.1f}/s, {minutes:.0f} min left"
+            print(numbers, file=sys.stderr, flush=True)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convmae import manifest
+from convmae.augmentation import Augment
 from convmae.data import Packed, Sample
-from convmae.images import IMAGE_SUFFIXES, Augment, Crop
+from convmae.images import IMAGE_SUFFIXES, Crop
 from convmae.listing import Listing, listing
 from video import lists, readers
-from video.clips import Dense, MultiScaleCrop, Sampling
+from video.clips import Dense, MultiScaleCrop, Sampling, many
 from video.demo import make
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class Clips:
             if stop - first < 2:
                 first, stop = 0, track.frames
             again, part = torch.Generator().manual_seed(seed), track._replace(frames=stop - first)
-            return [first + index for _ in range(self.repeats) for index in self.sampling(part, frames, again)]
+            clips = many(self.sampling, part, frames, self.repeats, again)
+            return [first + index for clip in clips for index in clip]
 
         return choose
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,7 @@ def read(
     try:
         if isinstance(video, str) and os.path.isdir(video):
             in_turn = [FrameFolder()]
-        elif (len(video.data) if isinstance(video, Packed) else os.stat(video).st_size) == 0:
+        elif (len(video.data) if isinstance(video, Packed) else _regular(video).st_size) == 0:
             raise UnusableFileError(name_of(video), "empty file")
         for reader_, others in zip(in_turn, range(len(in_turn) - 1, -1, -1), strict=True):
             try:
@@ -119,6 +120,13 @@ def read(
     except Exception as error:
         raise UnusableFileError(name_of(video), _reason(error)) from error
     raise AssertionError("the last reader returns or raises")
+
+
+def _regular(path: str) -> os.stat_result:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UnusableFileError(path, "not a file, but a pipe, socket or device")
+    return status
 
 
 def _read(reader: Reader, video: Video, choose: Choose, short_side: int | None) -> Frames:

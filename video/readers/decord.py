@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class Decord:
     """A decord reader for every look, as an idle one goes on decoding into memory.
 
-    It gives frames in their own size: what that is, it tells with a frame alone, and to scale, it would have to be opened
-    again, which costs more than it saves for all but large files.
+    It gives frames in their own size: what that is, it tells with a frame alone, and to scale, it would have to be
+    opened again, which costs more than it saves for all but large files.
     """
 
     name = "decord"

@@ -1,0 +1,211 @@
+"""The data sets of the field, as their own downloads lie on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from convmae.data import UNLABELLED
+from convmae.images import IMAGE_SUFFIXES
+from convmae.listing import Listing, listing
+from video.clips import Sampling, Segments
+from video.lists import complaint
+from video.videos import VIDEO_SUFFIXES, Videos
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinetics(Videos):
+    """Kinetics-400, 600 or 700: a split's folder of classes, or the official csv with the files that it names.
+
+    Args:
+        split: the subfolder of `root` with its videos, if there is one of this name; and the csv's rows.
+        annotations: the csv of `label,youtube_id,time_start,time_end,split`; None: subfolders are the classes. A video is
+            `ID_000010_000020.mp4` or `ID.mp4`, of any suffix, in a folder of its class or not. Those that are not there
+            are counted and left out: no download of Kinetics is complete.
+    """
+
+    split: str = "train"
+    annotations: Path | None = None
+
+    def listing(self) -> Listing:
+        """The videos and their classes; raises ValueError where there are none, or the csv cannot be read."""
+        inside = self.split if (self.base / self.split).is_dir() else ""
+        found = listing(self.base / inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+        files = [os.path.join(inside, name) for name in found.files]
+        if self.annotations is None:
+            return Listing.of(files, found.labels.tolist(), found.classes)
+        rows = _kinetics_rows(self.annotations, self.split)
+        classes = sorted({label for label, *_ in rows})
+        place = {name: number for number, name in enumerate(classes)}
+        there = {Path(name).stem: name for name in files}
+        pairs = [(there.get(cut) or there.get(whole), place[label]) for label, cut, whole in rows]
+        named = [(name, label) for name, label in pairs if name is not None]
+        if not named:
+            raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {self.base / inside}")
+        if len(named) < len(rows):
+            log.warning("%d of %d videos of %s are not there", len(rows) - len(named), len(rows), self.annotations)
+        return Listing.of([name for name, _ in named], [label for _, label in named], classes)
+
+
+def _kinetics_rows(path: Path, split: str) -> list[tuple[str, str, str]]:
+    """Of each row of a split: its class, the name of the file cut by the official tool, and that of the whole."""
+    wanted = ("label", "youtube_id", "time_start", "time_end")
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if lacking := [name for name in wanted if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path} has no column {', '.join(lacking)}: it is not a csv of Kinetics with labels")
+        rows, wrong = [], []
+        for number, row in enumerate(reader, start=2):
+            times = [row["time_start"] or "", row["time_end"] or ""]
+            if not row["youtube_id"] or not row["label"] or not all(time.isdigit() for time in times):
+                wrong.append((number, ",".join(str(value) for value in row.values())))
+            elif row.get("split") in (None, "", split):
+                start, end = (int(time) for time in times)
+                rows.append((row["label"], f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]))
+    if wrong:
+        raise ValueError(complaint(path, wrong, f"expected {','.join(wanted)}, times as whole seconds"))
+    if not rows:
+        raise ValueError(f"{path} has no row of split {split!r}")
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SomethingSomething(Videos):
+    """Something-Something V2: `ID.webm`, or folders of frames, in `20bn-something-something-v2/` or in `root` itself.
+
+    Annotations are the json files of its download, `something-something-v2-train.json` or `labels/train.json` and so
+    on. Clips are one frame of each of so many segments, as usual for it, and never flipped.
+
+    Raises:
+        ValueError: `flip`: left and right tell its classes apart.
+    """
+
+    split: Literal["train", "validation", "test"] = "train"
+    sampling: Sampling = Segments()
+
+    def __post_init__(self) -> None:
+        if self.flip:
+            raise ValueError("SomethingSomething(flip=True): left and right tell its classes apart")
+
+    def listing(self) -> Listing:
+        """The videos of the split and their classes, of which the test split has none."""
+        rows = self._json(self.split)
+        places = self._json("labels") if self.split != "test" else {}
+        if not isinstance(rows, list) or not isinstance(places, dict):
+            raise ValueError(f"the annotations in {self.base} are not those of Something-Something V2")
+        classes = [name for name, _ in sorted(places.items(), key=lambda pair: int(pair[1]))]
+        labels, wrong = [], []
+        for number, row in enumerate(rows, start=1):
+            template = re.sub(r"[\[\]]", "", str(row.get("template", ""))) if isinstance(row, dict) else ""
+            if not isinstance(row, dict) or "id" not in row or (places and template not in places):
+                wrong.append((number, json.dumps(row)))
+            labels.append(int(places.get(template, UNLABELLED)))
+        if wrong:
+            expected = "expected entries with an id, and a template that is among the labels; counted from the first"
+            raise ValueError(complaint(self._annotation(self.split), wrong, expected))
+        inside = _first(self.base, ("20bn-something-something-v2", ""))
+        suffix = (
+            ".webm" if (inside / f"{rows[0]['id']}.webm").exists() or not (inside / str(rows[0]["id"])).is_dir() else ""
+        )
+        files = [str((inside / f"{row['id']}{suffix}").relative_to(self.base)) for row in rows]
+        return Listing.of(files, labels, classes)
+
+    def _annotation(self, what: str) -> Path:
+        names = (f"something-something-v2-{what}.json", f"labels/{what}.json", f"{what}.json")
+        return _first(self.base, (*names, *(f"annotations/{name}" for name in names)))
+
+    def _json(self, what: str) -> Any:
+        path = self._annotation(what)
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as problem:
+            raise ValueError(f"{path} cannot be read: {problem}") from problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCF101(Videos):
+    """UCF101: `CLASS/v_CLASS_g01_c01.avi`, in `UCF-101/` or in `root` itself, and one of its three splits.
+
+    Its lists, `classInd.txt`, `trainlist01.txt`, `testlist01.txt` and so on, lie in `root` or `ucfTrainTestlist/`.
+    """
+
+    split: Literal[1, 2, 3] = 1
+    train: bool = True
+
+    def listing(self) -> Listing:
+        """The videos of the split and their classes."""
+        places = ("ucfTrainTestlist", "annotations", "")
+        path = _first(
+            self.base, [f"{place}/{'train' if self.train else 'test'}list{self.split:02}.txt" for place in places]
+        )
+        classes = [
+            name for _, (_, name) in _fields(_first(self.base, [f"{place}/classInd.txt" for place in places]), 2)
+        ]
+        rows = [(number, fields[0]) for number, fields in _fields(path, 1)]
+        wrong = [(number, name) for number, name in rows if name.partition("/")[0] not in classes]
+        if wrong:
+            raise ValueError(complaint(path, wrong, "expected CLASS/FILE, of a class of classInd.txt"))
+        inside = _first(self.base, ("UCF-101", "UCF101", "videos", ""))
+        files = [str((inside / name).relative_to(self.base)) for _, name in rows]
+        return Listing.of(files, [classes.index(name.partition("/")[0]) for _, name in rows], classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HMDB51(Videos):
+    """HMDB51: `CLASS/FILE.avi`, in `videos/`, `hmdb51_org/` or in `root` itself, and one of its three splits.
+
+    Its lists, `CLASS_test_split1.txt` and so on, of `FILE.avi 1` (to train), `2` (to test) or `0` (neither), lie in
+    `root` or `testTrainMulti_7030_splits/`.
+    """
+
+    split: Literal[1, 2, 3] = 1
+    train: bool = True
+
+    def listing(self) -> Listing:
+        """The videos of the split and their classes."""
+        ending = f"_test_split{self.split}.txt"
+        folder = _first(self.base, ("testTrainMulti_7030_splits", "splits", "annotations", ""))
+        lists = sorted(folder.glob(f"*{ending}"))
+        if not lists:
+            raise ValueError(f"{folder} holds no list CLASS{ending}")
+        inside = _first(self.base, ("videos", "hmdb51_org", ""))
+        files, labels, classes = [], [], [path.name.removesuffix(ending) for path in lists]
+        for label, path in enumerate(lists):
+            rows = list(_fields(path, 2))
+            if wrong := [(number, " ".join(fields)) for number, fields in rows if fields[1] not in ("0", "1", "2")]:
+                raise ValueError(complaint(path, wrong, "expected FILE.avi and 0, 1 or 2"))
+            names = [fields[0] for _, fields in rows if fields[1] == ("1" if self.train else "2")]
+            files += [str((inside / classes[label] / name).relative_to(self.base)) for name in names]
+            labels += [label] * len(names)
+        if not files:
+            raise ValueError(f"the lists in {folder} name no video of this part of split {self.split}")
+        return Listing.of(files, labels, classes)
+
+
+def _first(base: Path, names: Iterable[str]) -> Path:
+    """The first of these that is there; raises ValueError where none is."""
+    names = list(names)
+    found = next((base / name for name in names if (base / name).exists()), None)
+    if found is None:
+        raise ValueError(f"{base} holds none of {', '.join(name.lstrip('/') for name in names)}")
+    return found
+
+
+def _fields(path: Path, least: int) -> Sequence[tuple[int, list[str]]]:
+    """The words of each line, with its number; raises ValueError for lines of less, and for an empty file."""
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), start=1)]
+    rows = [(number, line.split()) for number, line in lines if line]
+    if wrong := [(number, " ".join(words)) for number, words in rows if len(words) < least]:
+        raise ValueError(complaint(path, wrong, f"expected {least} words in a line"))
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
