@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
     },
     {"convmae.listing", "convmae.manifest", "convmae.report", "convmae.run"},
     {"convmae.images"},
+    {"convmae.augmentation", "convmae.shards"},
     {"convmae.progress"},
     {"convmae.keeper"},
     {"convmae.training"},

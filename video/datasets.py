@@ -28,9 +28,9 @@ class Kinetics(Videos):
 
     Args:
         split: the subfolder of `root` with its videos, if there is one of this name; and the csv's rows.
-        annotations: the csv of `label,youtube_id,time_start,time_end,split`; None: subfolders are the classes. A video is
-            `ID_000010_000020.mp4` or `ID.mp4`, of any suffix, in a folder of its class or not. Those that are not there
-            are counted and left out: no download of Kinetics is complete.
+        annotations: the csv of `label,youtube_id,time_start,time_end,split`; None: subfolders are the classes. A video
+            is `ID_000010_000020.mp4` or `ID.mp4`, of any suffix, in a folder of its class or not. Those that are not
+            there are counted and left out: no download of Kinetics is complete.
     """
 
     split: str = "train"
@@ -113,9 +113,7 @@ class SomethingSomething(Videos):
             expected = "expected entries with an id, and a template that is among the labels; counted from the first"
             raise ValueError(complaint(self._annotation(self.split), wrong, expected))
         inside = _first(self.base, ("20bn-something-something-v2", ""))
-        suffix = (
-            ".webm" if (inside / f"{rows[0]['id']}.webm").exists() or not (inside / str(rows[0]["id"])).is_dir() else ""
-        )
+        suffix = "" if (inside / str(rows[0]["id"])).is_dir() else ".webm"
         files = [str((inside / f"{row['id']}{suffix}").relative_to(self.base)) for row in rows]
         return Listing.of(files, labels, classes)
 
@@ -143,13 +141,9 @@ class UCF101(Videos):
 
     def listing(self) -> Listing:
         """The videos of the split and their classes."""
-        places = ("ucfTrainTestlist", "annotations", "")
-        path = _first(
-            self.base, [f"{place}/{'train' if self.train else 'test'}list{self.split:02}.txt" for place in places]
-        )
-        classes = [
-            name for _, (_, name) in _fields(_first(self.base, [f"{place}/classInd.txt" for place in places]), 2)
-        ]
+        lists = _first(self.base, ("ucfTrainTestlist", "annotations", ""))
+        path = lists / f"{'train' if self.train else 'test'}list{self.split:02}.txt"
+        classes = [fields[1] for _, fields in _fields(lists / "classInd.txt", 2)]
         rows = [(number, fields[0]) for number, fields in _fields(path, 1)]
         wrong = [(number, name) for number, name in rows if name.partition("/")[0] not in classes]
         if wrong:
@@ -202,6 +196,8 @@ def _first(base: Path, names: Iterable[str]) -> Path:
 
 def _fields(path: Path, least: int) -> Sequence[tuple[int, list[str]]]:
     """The words of each line, with its number; raises ValueError for lines of less, and for an empty file."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}")
     lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), start=1)]
     rows = [(number, line.split()) for number, line in lines if line]
     if wrong := [(number, " ".join(words)) for number, words in rows if len(words) < least]:

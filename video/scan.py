@@ -155,7 +155,7 @@ def _examined(
         while under_way:
             yield _verdict(*under_way.popleft(), base, seconds)
     finally:
-        pool.stop()
+        pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
 
 
