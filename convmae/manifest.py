@@ -28,7 +28,7 @@ class Entry:
         modified: when it was written to last, in seconds since 1970.
         usable: whether something can be learnt from it.
         reason: why it is not usable; or, where only a part is intact, what is wrong with the rest.
-        frames: how many of them can be decoded.
+        frames: how many there are, as readers count them.
         fps: frames of a second, on average; 0: not known.
         height, width: of a frame in pixels, upright.
         seconds: from the first frame to the end of the last.

@@ -123,7 +123,7 @@ def _entries(file: BinaryIO, path: Path, length: int, *, accept_cut: bool) -> It
                 if entry.isreg() and not entry.issparse():
                     yield entry
     except tarfile.ReadError as problem:
-        if not end and length:
+        if not end and length >= tarfile.BLOCKSIZE:
             raise ValueError(
                 f"{path} is not a tar file ({problem}); compressed ones cannot be read in any order"
             ) from problem
@@ -340,7 +340,7 @@ def _listed(place: Place) -> tuple[str, ...]:
 def _known(place: Place, where: str) -> Index:
     """The index of the shards that are meant, and of no others."""
     index = load_index(where)
-    command = f"`python -m convmae.shards '{place.path('') if place.names is None else place.path(place.names[0])}'`"
+    command = f"`python -m convmae.shards '{place.folder if place.names is None else place.path(place.names[0])}'`"
     if place.remote:
         _filesystem(place.folder)
         if index is None:
@@ -611,9 +611,9 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
     """An order of samples in shards that mixes them well, and that many processes can follow with few shards each.
 
     The shards are shuffled and laid end to end, and this row is cut into `lanes` equal pieces, whatever the shards'
-    sizes. The place p of the order belongs to lane p mod lanes; each lane goes through its piece, shuffled with a
-    window that slides over it: a sample moves by up to `window` shards. So a batch is drawn from all lanes at once, and
-    a process that takes every n-th place, where n divides `lanes`, meets the shards of its own lanes only. Pieces of
+    sizes. The place p of the order belongs to lane p mod lanes; each lane goes through its piece, shuffled in a window
+    that slides over it: a sample moves by up to half a window of shards, and at the ends of the piece is thrown back.
+    So a batch is drawn from all lanes at once, and a process that takes every n-th place, where n divides `lanes`, meets the shards of its own lanes only. Pieces of
     lanes that fall to the same process lie side by side: of all shards, at most n - 1 are read by two of n processes,
     where n is a power of two.
 
@@ -632,8 +632,18 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
     # bits read backwards: of neighbours, as many low bits as possible are equal, and so are the remainders by 2, 4, ...
     by_neighbour = sorted(range(lanes), key=lambda lane: f"{lane:064b}"[::-1])
     places = np.concatenate([np.arange(lane, total, lanes) for lane in by_neighbour])
-    piece = np.repeat(np.arange(lanes), [len(range(lane, total, lanes)) for lane in by_neighbour])
-    moved = shard + window * torch.rand(total, dtype=torch.float64, generator=generator).numpy()
+    lengths = np.array([len(range(lane, total, lanes)) for lane in by_neighbour])
+    piece, stops = np.repeat(np.arange(lanes), lengths), np.cumsum(lengths)[lengths > 0]
+    first, last = (np.zeros(lanes, np.int64) for _ in range(2))  # shard of a piece
+    first[lengths > 0], last[lengths > 0] = shard[stops - lengths[lengths > 0]], shard[stops - 1]
+    shards = (last - first + 1)[piece]
+    moved = (
+        shard
+        - first[piece]
+        + 0.5
+        + window * (torch.rand(total, dtype=torch.float64, generator=generator).numpy() - 0.5)
+    )
+    moved = np.minimum(moved % (2 * shards), -moved % (2 * shards))
     order = np.empty(total, np.int64)
     order[places] = row[np.lexsort((moved, piece))]
     return torch.from_numpy(order)
@@ -723,7 +733,8 @@ def write_index(root: Path | str, to: str | None = None, *, accept_cut: bool = F
     before = load_index(where) or Index({})
     place = Place(place.folder, place.names or _listed(place))
     assert place.names is not None
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+    console, columns = Console(stderr=True), (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("shards", total=len(place.names))
         found = index_of(place, accept_cut=accept_cut, seen=lambda name: progress.advance(task))
     others = {} if Place.of(root).names is None else before.shards

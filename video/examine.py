@@ -17,6 +17,7 @@ from convmae import images
 from convmae.data import UnusableFileError
 from convmae.manifest import Entry
 from video import readers
+from video.readers.pyav import Index as PacketIndex
 
 _SHORTER = 0.05  # of its duration that a stream may lack without being called cut short
 _CUT = "File ended prematurely"  # what FFmpeg says of Matroska whose end is missing
@@ -95,7 +96,7 @@ def _of_file(path: str, found: Entry, quick: bool) -> Entry:
     if any(_CUT in message for *_, message in said) or (lacking and exact):
         decoded.notes.append(f"cut short: it ends after {decoded.seconds:.1f} of {promised:.1f} s")
     found = replace(found, reason="; ".join(dict.fromkeys(decoded.notes)), seconds=round(decoded.seconds, 3))
-    found = _judged(found, decoded.sound)
+    found = _judged(found, _as_readers_count(path, decoded) if decoded.notes and not quick else decoded.sound)
     return found if quick or not found.usable else replace(found, reader=_reader(path, found))
 
 
@@ -115,6 +116,7 @@ class _Decoded:
     """What decoding came to: of each frame whether it is sound, what is wrong, and the times of first and last."""
 
     sound: list[bool] = field(default_factory=list)
+    times: list[int | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first: float | None = None
     last: float = 0.0
@@ -159,12 +161,29 @@ class _Decoded:
         if frame.is_corrupt and not self.broken:
             self.damage(f"damaged from frame {len(self.sound)} on")
         self.sound.append(not self.broken)
+        self.times.append(frame.pts)
         self._at(frame.time)
 
     def _at(self, time: float | None) -> None:
         if time is not None:
             self.first = time if self.first is None else min(self.first, time)
             self.last = max(self.last, time)
+
+
+def _as_readers_count(path: str, decoded: _Decoded) -> list[bool]:
+    """Of each frame that packets promise whether it is sound: a frame that cannot be decoded has an index, too.
+
+    Where packets have no times, readers count what they decode, and come to the first damage, no further.
+    """
+    with av.open(path, "r") as container:
+        stream = container.streams.best("video")
+        assert isinstance(stream, VideoStream)
+        times = PacketIndex.of(container, stream).times
+    if times is None:
+        first = decoded.sound.index(False) if False in decoded.sound else len(decoded.sound)
+        return decoded.sound[:first]
+    sound = dict(zip(decoded.times, decoded.sound, strict=True))
+    return [sound.get(time, False) for time in times]
 
 
 def _judged(found: Entry, sound: list[bool]) -> Entry:
