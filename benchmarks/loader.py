@@ -172,6 +172,8 @@ def main() -> None:
             for one, other in zip(measured["loader"], measured[of], strict=True)
         )
         print(f"load / {of}: {share:.2f} (by processor time); loader / {of}: {through:.2f} (by the clock); bound 0.9")
+        for side, unit in (("load", by_cpu), ("loader", by_clock)):
+            print(f"{side} / decord (bare): {unit[side] / unit['decord (bare)']:.2f}")
         result.update(by_cpu=by_cpu, by_clock=by_clock, load=share, loader=through)
     if given.only != "rates":
         curve = memory(samples, given.memory_clips)

@@ -613,9 +613,10 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
     The shards are shuffled and laid end to end, and this row is cut into `lanes` equal pieces, whatever the shards'
     sizes. The place p of the order belongs to lane p mod lanes; each lane goes through its piece, shuffled in a window
     that slides over it: a sample moves by up to half a window of shards, and at the ends of the piece is thrown back.
-    So a batch is drawn from all lanes at once, and a process that takes every n-th place, where n divides `lanes`, meets the shards of its own lanes only. Pieces of
-    lanes that fall to the same process lie side by side: of all shards, at most n - 1 are read by two of n processes,
-    where n is a power of two.
+
+    So a batch is drawn from all lanes at once, and a process that takes every n-th place, where n divides `lanes`, meets
+    the shards of its own lanes only. Pieces of lanes that fall to the same process lie side by side: where n is a power
+    of two, at most n - 1 of all shards are read by two of n processes.
 
     Args:
         counts: samples in each shard, int64 `(shards)`.
@@ -627,25 +628,19 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
     shuffled = torch.randperm(len(counts), generator=generator).numpy()
     starts, sizes = (np.cumsum(counts) - counts)[shuffled], counts[shuffled]
     total = int(sizes.sum())
+    lanes = min(lanes, total)
     shard = np.repeat(np.arange(len(sizes)), sizes)
     row = np.arange(total) + (starts - (np.cumsum(sizes) - sizes))[shard]
-    # bits read backwards: of neighbours, as many low bits as possible are equal, and so are the remainders by 2, 4, ...
-    by_neighbour = sorted(range(lanes), key=lambda lane: f"{lane:064b}"[::-1])
-    places = np.concatenate([np.arange(lane, total, lanes) for lane in by_neighbour])
-    lengths = np.array([len(range(lane, total, lanes)) for lane in by_neighbour])
-    piece, stops = np.repeat(np.arange(lanes), lengths), np.cumsum(lengths)[lengths > 0]
-    first, last = (np.zeros(lanes, np.int64) for _ in range(2))  # shard of a piece
-    first[lengths > 0], last[lengths > 0] = shard[stops - lengths[lengths > 0]], shard[stops - 1]
-    shards = (last - first + 1)[piece]
-    moved = (
-        shard
-        - first[piece]
-        + 0.5
-        + window * (torch.rand(total, dtype=torch.float64, generator=generator).numpy() - 0.5)
-    )
-    moved = np.minimum(moved % (2 * shards), -moved % (2 * shards))
+    # Bits read backwards: neighbours have as many low bits as possible in common, and so the remainders by 2, 4, ...
+    pieces = [np.arange(lane, total, lanes) for lane in sorted(range(lanes), key=lambda lane: f"{lane:064b}"[::-1])]
+    piece = np.repeat(np.arange(lanes), [len(places) for places in pieces])
+    stop = np.cumsum([len(places) for places in pieces])
+    first, last = (shard[place][piece] for place in (np.concatenate([[0], stop[:-1]]), stop - 1))
+    shift = window * (torch.rand(total, dtype=torch.float64, generator=generator).numpy() - 0.5)
+    moved, end = shard - first + 0.5 + shift, last - first + 1
+    moved = np.minimum(moved % (2 * end), -moved % (2 * end))  # thrown back at 0 and at the end
     order = np.empty(total, np.int64)
-    order[places] = row[np.lexsort((moved, piece))]
+    order[np.concatenate(pieces)] = row[np.lexsort((moved, piece))]
     return torch.from_numpy(order)
 
 
