@@ -102,6 +102,8 @@ class SomethingSomething(Videos):
         places = self._json("labels") if self.split != "test" else {}
         if not isinstance(rows, list) or not isinstance(places, dict):
             raise ValueError(f"the annotations in {self.base} are not those of Something-Something V2")
+        if not rows:
+            raise ValueError(f"{self._annotation(self.split)} lists no video")
         classes = [name for name, _ in sorted(places.items(), key=lambda pair: int(pair[1]))]
         labels, wrong = [], []
         for number, row in enumerate(rows, start=1):

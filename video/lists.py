@@ -97,10 +97,10 @@ def _labels_after_spaces(lines: Sequence[str]) -> bool:
 
 
 def _by_comma(line: str) -> Row:
+    if not line.startswith('"'):
+        return _by_last(",", line)
     fields = next(csv.reader([line], skipinitialspace=True))
-    if len(fields) < 2:
-        return line, ""
-    return _without_count(",".join(fields[:-1]), ","), fields[-1].strip()
+    return (_without_count(",".join(fields[:-1]), ","), fields[-1].strip()) if len(fields) > 1 else (line, "")
 
 
 def _by_last(mark: str, line: str) -> Row:
