@@ -614,9 +614,9 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
     sizes. The place p of the order belongs to lane p mod lanes; each lane goes through its piece, shuffled in a window
     that slides over it: a sample moves by up to half a window of shards, and at the ends of the piece is thrown back.
 
-    So a batch is drawn from all lanes at once, and a process that takes every n-th place, where n divides `lanes`, meets
-    the shards of its own lanes only. Pieces of lanes that fall to the same process lie side by side: where n is a power
-    of two, at most n - 1 of all shards are read by two of n processes.
+    So a batch is drawn from all lanes at once, and a process that takes every n-th place, where n divides `lanes`,
+    meets the shards of its own lanes only. Pieces of lanes that fall to the same process lie side by side: where n is
+    a power of two, at most n - 1 of all shards are read by two of n processes.
 
     Args:
         counts: samples in each shard, int64 `(shards)`.

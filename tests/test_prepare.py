@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -25,7 +26,7 @@ from convmae.shards import load_index
 from video import readers
 from video.clips import Dense
 from video.demo import encode as encode_frames
-from video.prepare import Encoding, Made, Task, encode, in_processes, prepare
+from video.prepare import Encoding, Made, Task, encode, in_processes, main, prepare
 from video.readers import Choice
 from video.shards import VideoShards
 from video.videos import Videos
@@ -34,10 +35,9 @@ ROOT = Path(__file__).parents[1]
 MEDIA = ROOT.parent / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
 CLIPS = sorted(path for path in (MEDIA / "clips").glob("*") if path.suffix != ".json")
-QUICK = {  # each of another kind: variable rate, rotated, cut by an edit list, AVI, several streams, large
+QUICK = {  # each of another kind: cut by an edit list, of variable rate, rotated, AVI
     "drv_editlist_copycut.mp4",
     "drv_vfr.mp4",
-    "mm_skeleton_1080p_vfr.mp4",
     "nasa_rot90_17frames.mp4",
     "ucf_basketball_mpeg4.avi",
 }
@@ -96,7 +96,7 @@ def test_a_video_keeps_its_frames_and_their_times_and_gets_small_and_upright(pat
         assert times(target) == pytest.approx(times(path), abs=1e-6)
     rising = times(target)
     assert len(rising) == frames
-    assert all(early < late for early, late in zip(rising, rising[1:], strict=False))
+    assert all(early < late for early, late in pairwise(rising))
     assert max(np.diff(keys(target))) <= 32
     after = path.stat()
     assert (before.st_mtime_ns, before.st_size, before.st_ino) == (after.st_mtime_ns, after.st_size, after.st_ino)
@@ -164,7 +164,7 @@ def written(folder: Path) -> dict[str, int]:
 
 def test_a_folder_becomes_one_that_trains_and_a_second_time_costs_nothing(originals: Path, tmp_path: Path) -> None:
     before, out = (contents(originals), written(originals)), tmp_path / "small"
-    summary = prepare(originals, out, encoding=Encoding(short_side=32), workers=2)
+    summary = prepare(originals, out, encoding=Encoding(short_side=48), workers=2)
     assert (summary.videos, summary.before) == (9, 0)
     assert [(Path(one.name).name, one.reason) for one in summary.failed] == [
         ("broken.mp4", "not a video, or its header is lost or damaged (a file cut short?)")
@@ -185,25 +185,27 @@ def test_a_folder_becomes_one_that_trains_and_a_second_time_costs_nothing(origin
         assert [int(label) for label in opened.listing.labels] == [0] * 4 + [1] * 5
         assert opened.load(6, generator(0)).pixels.shape == (3, 4, 32, 32)
 
+    lost = out / "up" / "clip.3.mp4"
+    lost.unlink()
+    (out / "up" / ".clip.3.mp4.123.tmp").write_bytes(b"of a process that was killed")
     made = written(out)
-    again = prepare(originals, out, encoding=Encoding(short_side=32), workers=1)
-    assert (again.videos, again.before, len(again.failed)) == (9, 9, 1)
-    assert {name: time for name, time in written(out).items() if name.endswith("mp4")} == {
-        name: time for name, time in made.items() if name.endswith("mp4")
-    }
+    again = prepare(originals, out, encoding=Encoding(short_side=48), workers=1)
+    assert (again.videos, again.before, len(again.failed)) == (9, 8, 1)
+    changed = {name for name, time in written(out).items() ^ made.items()}
+    assert changed == {"up/clip.3.mp4", "up/.clip.3.mp4.123.tmp", "list.csv", "failed.jsonl"}
     assert (contents(originals), written(originals)) == before
 
 
 def test_a_list_is_prepared_with_its_labels(originals: Path, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(f"{originals}/up/clip.1.mp4 3\n{originals}/down/clip.2.mp4 1\n")
-    prepare(tmp_path / "train.txt", tmp_path / "out", encoding=Encoding(short_side=32), workers=1)
+    prepare(tmp_path / "train.txt", tmp_path / "out", encoding=Encoding(short_side=48), workers=1)
     assert (tmp_path / "out" / "list.csv").read_text() == "up/clip.1.mp4,3\ndown/clip.2.mp4,1\n"
 
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_shards_hold_all_videos_mixed_and_train(originals: Path, tmp_path: Path, copy: bool) -> None:
-    encoding = Encoding(short_side=32)
-    summary = prepare(originals, tmp_path / "out", encoding=encoding, shards_mb=0.02, copy=copy, workers=2)
+    encoding = Encoding(short_side=48)
+    summary = prepare(originals, tmp_path / "out", encoding=encoding, shards_mb=0.01, copy=copy, workers=2)
     assert (summary.videos, len(summary.failed)) == (9, 1)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     shards = [name for name in names if name.endswith("tar")]
@@ -250,6 +252,7 @@ def descendants(process: int) -> list[int]:
     return below + [further for child in below for further in descendants(child)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_by_a_signal_the_same_command_goes_on_to_the_same_shards(
@@ -258,10 +261,10 @@ def test_interrupted_by_a_signal_the_same_command_goes_on_to_the_same_shards(
     many = tmp_path / "many"
     for copy in range(6):
         shutil.copytree(originals, many / f"{copy}")
-    encoding = Encoding(short_side=32)
+    encoding = Encoding(short_side=48)  # x264 is not deterministic on pictures of less than 48 pixels
     prepare(many, tmp_path / "whole", encoding=encoding, shards_mb=0.03, workers=2)
     out = tmp_path / "out"
-    arguments = (many, out, "--short-side", 32, "--shards-mb", 0.03, "--workers", 1)
+    arguments = (many, out, "--short-side", 48, "--shards-mb", 0.03, "--workers", 1)
     process = command(*arguments)
     wait_for("shard-000001.tar", out, process)
     others = descendants(process.pid)
@@ -296,6 +299,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @needs_media
 def test_a_file_that_takes_too_long_and_one_that_ends_its_process_are_blamed_and_others_go_on(tmp_path: Path) -> None:
     long, short = MEDIA / "clips" / "intel_bottle_2983.mp4", MEDIA / "clips" / "mm_32frames.mp4"
@@ -308,9 +312,9 @@ def test_a_file_that_takes_too_long_and_one_that_ends_its_process_are_blamed_and
     def result(seconds: float) -> dict[int, Made | UnusableFileError]:
         return {task.number: made for task, made in in_processes(tasks(), workers=1, seconds=seconds)}
 
-    slow = result(1.0)
+    slow = result(3.0)
     assert isinstance(slow[0], UnusableFileError)
-    assert slow[0].reason == "took more than 1 s"
+    assert slow[0].reason == "took more than 3 s"
     assert slow[1] == Made()
 
     server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
@@ -344,7 +348,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(originals: Path, tm
         pytest.skip("no file system can be mounted here")
     try:
         with pytest.raises(ValueError, match="the disk is full; make room, and the same command goes on"):
-            prepare(originals, out / "new", encoding=Encoding(short_side=32), workers=1)
+            prepare(originals, out / "new", encoding=Encoding(short_side=48), workers=1)
         assert not list(out.rglob(".*.tmp"))
         for path in out.rglob("*.mp4"):
             assert look(path)[0] == 10
@@ -372,8 +376,8 @@ def test_a_folder_that_was_not_begun_here_or_otherwise_is_refused(originals: Pat
     with pytest.raises(ValueError, match=r"holds 'photo\.jpg' and was not begun by this command"):
         prepare(originals, tmp_path)
     out = tmp_path / "out"
-    prepare(originals / "down", out, encoding=Encoding(short_side=32), workers=1)
-    with pytest.raises(ValueError, match="short_side was 32, now 64"):
+    prepare(originals / "down", out, encoding=Encoding(short_side=48), workers=1)
+    with pytest.raises(ValueError, match="short_side was 48, now 64"):
         prepare(originals / "down", out, encoding=Encoding(short_side=64))
 
 
@@ -406,12 +410,11 @@ def test_numbers_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_fails_where_no_video_could_be_used(tmp_path: Path) -> None:
+def test_the_command_fails_where_no_video_could_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mp4").write_bytes(b"")
-    process = command(tmp_path / "in", tmp_path / "out", "--shards-mb", 1)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1, err
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--shards-mb", "1", "--workers", "1"]) == 1
+    out = capsys.readouterr().out
     assert "0 videos" in out
     assert "a.mp4: empty file" in out
     assert load_index(str(tmp_path / "out" / "index.json")) is None

@@ -689,7 +689,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m video.prepare",
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         summary = prepare(
             options.root,
@@ -716,4 +715,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

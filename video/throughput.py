@@ -127,7 +127,7 @@ def _compare(options: _Options) -> None:
     source = Videos(root=options.data, sampling=Dense(stride=options.stride))
     size = (options.frames, options.side, options.side)
     samples = source.open(size)
-    print(f"{samples!r}, in {'all, ' if options.clips > len(samples) else ''}{options.clips} clips a setting")
+    print(f"{samples!r}; {options.clips} clips a setting")
     order = [index % len(samples) for index in torch.randperm(max(options.clips, len(samples))).tolist()]
     order = order[: options.clips]
     _describe(samples, order)
