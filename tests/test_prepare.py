@@ -1,7 +1,6 @@
 """Preparation: the same frames at the same times, small and quick to decode; resumable; originals are only read."""
 
 import json
-import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -301,41 +299,38 @@ def alive(process: int) -> bool:
 
 @pytest.mark.slow
 @needs_media
-def test_a_file_that_takes_too_long_and_one_that_ends_its_process_are_blamed_and_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("how", "seconds", "reason"),
+    [
+        (signal.SIGSTOP, 15, "took more than 15 s"),
+        (signal.SIGSEGV, 100, "ended the process that read it (SIGSEGV)"),
+    ],
+)
+def test_a_file_over_which_a_process_hangs_or_crashes_is_blamed_and_the_next_goes_well(
+    tmp_path: Path, how: signal.Signals, seconds: float, reason: str
+) -> None:
     long, short = MEDIA / "clips" / "intel_bottle_2983.mp4", MEDIA / "clips" / "mm_32frames.mp4"
-    encoding = Encoding()
+    tasks = [
+        Task(number, str(source), str(tmp_path / f"{number}.mp4"), Encoding())
+        for number, source in enumerate((long, short))
+    ]
+    before = set(descendants(os.getpid()))
 
-    def tasks() -> Iterator[Task]:
-        yield Task(0, str(long), str(tmp_path / "long.mp4"), encoding)
-        yield Task(1, str(short), str(tmp_path / "short.mp4"), encoding)
-
-    def result(seconds: float) -> dict[int, Made | UnusableFileError]:
-        return {task.number: made for task, made in in_processes(tasks(), workers=1, seconds=seconds)}
-
-    slow = result(3.0)
-    assert isinstance(slow[0], UnusableFileError)
-    assert slow[0].reason == "took more than 3 s"
-    assert slow[1] == Made()
-
-    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    before = set(descendants(server))
-
-    def crash() -> None:
-        while not list(tmp_path.glob(".long.mp4.*")):
+    def strike() -> None:
+        while not (begun := list(tmp_path.glob(".0.mp4.*"))):
             time.sleep(0.01)
-        for worker in set(descendants(server)) - before:
-            os.kill(worker, signal.SIGSEGV)
+        worker = int(begun[0].name.split(".")[-2])
+        assert worker in set(descendants(os.getpid())) - before
+        os.kill(worker, how)
 
-    left = next(iter(tmp_path.glob(".long.mp4.*")), None)
-    if left is not None:
-        left.unlink()
-    thread = threading.Thread(target=crash)
+    thread = threading.Thread(target=strike)
     thread.start()
-    crashed = result(60)
+    results = {task.number: result for task, result in in_processes(tasks, workers=1, seconds=seconds)}
     thread.join()
-    assert isinstance(crashed[0], UnusableFileError)
-    assert crashed[0].reason == "ended the process that read it (SIGSEGV)"
-    assert crashed[1] == Made()
+    assert isinstance(results[0], UnusableFileError)
+    assert (results[0].name, results[0].reason) == (str(long), reason)
+    assert results[1] == Made()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(originals: Path, tmp_path: Path) -> None:
