@@ -254,6 +254,9 @@ def _with_data(run: Pretrain, given: Path | None) -> Pretrain:
         what = "the built-in demo set" if type(source).__module__.startswith(("convmae.", "video.")) else "the recipe's"
         say("data", f"{what}, as neither --data nor ${DATA} says where others are")
         return run
+    elif isinstance(source.root, str):  # a URL, or a pattern of names
+        say("data", f"{source.root}, from the recipe")
+        return run
     else:
         root = Path(source.root).expanduser().absolute()
         say("data", f"{root}, from the recipe")

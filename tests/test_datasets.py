@@ -74,6 +74,36 @@ def test_a_malformed_kinetics_csv_is_refused(tmp_path: Path, text: str, said: st
         Kinetics(root=tmp_path, annotations=write(tmp_path, "k.csv", text)).listing()
 
 
+def test_classes_have_the_same_numbers_in_every_split_of_a_csv(tmp_path: Path) -> None:
+    touch(tmp_path, "eee_000005_000015.mp4")
+    found = Kinetics(root=tmp_path, split="val", annotations=write(tmp_path, "k.csv", ROWS)).listing()
+    assert (found.classes, found.labels.tolist()) == (("abseiling", "zumba dance"), [1])
+
+
+def test_kinetics_does_not_take_its_splits_for_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "val/swim/a.mp4", "train/run/b.mp4")
+    with pytest.raises(ValueError, match="holds no split='validate', but train, val"):
+        Kinetics(root=tmp_path, split="validate").listing()
+
+
+def test_a_csv_that_is_not_there_or_no_text_is_said(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "k.csv").write_bytes(b"\xff\xfe")
+    for name in ("gone.csv", "k.csv"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+            Kinetics(root=tmp_path, annotations=tmp_path / name).listing()
+
+
+@pytest.mark.parametrize("kind", [Kinetics, SomethingSomething, UCF101, HMDB51])
+def test_the_folder_above_a_root_that_is_not_there_is_not_taken_for_it(
+    tmp_path: Path, kind: type[Kinetics | SomethingSomething | UCF101 | HMDB51]
+) -> None:
+    touch(tmp_path, "train/run/a.mp4", "list.csv")
+    for root in (tmp_path / "gone", tmp_path / "list.csv", None):
+        with pytest.raises(ValueError, match="root is not a folder with the data set"):
+            kind(root=root).listing()
+
+
 # --- Something-Something ----------------------------------------------------------------------------------------------
 
 LABELS = {"Pushing something from left to right": "1", "Approaching something with your camera": "0"}
@@ -129,6 +159,14 @@ def test_malformed_annotations_of_something_something_are_refused(tmp_path: Path
         SomethingSomething(root=tmp_path).listing()
 
 
+@pytest.mark.parametrize("numbers", [("0", "x"), ("1", "2"), ("0", "0")])
+def test_labels_of_something_something_are_numbered_from_0(tmp_path: Path, numbers: tuple[str, str]) -> None:
+    write(tmp_path, "train.json", TRAIN)
+    write(tmp_path, "labels.json", dict(zip(LABELS, numbers, strict=True)))
+    with pytest.raises(ValueError, match=r"labels\.json: expected a number for each template"):
+        SomethingSomething(root=tmp_path).listing()
+
+
 def test_annotations_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds none of something-something-v2-train\.json, labels/train\.json"):
         SomethingSomething(root=tmp_path).listing()
@@ -168,6 +206,8 @@ def test_hmdb51_follows_its_splits(tmp_path: Path) -> None:
     assert list(HMDB51(root=tmp_path, train=False).listing().files) == ["hmdb51_org/brush_hair/b.avi"]
     with pytest.raises(ValueError, match=r"holds no list CLASS_test_split3\.txt"):
         HMDB51(root=tmp_path, split=3).listing()
+    write(splits, "wave_test_split1.txt", "#20_Rhythm_wave_0.avi 1\n")  # some of its files are named so
+    assert HMDB51(root=tmp_path).listing().files[1] == "hmdb51_org/wave/#20_Rhythm_wave_0.avi"
     write(splits, "wave_test_split1.txt", "d.avi 1\ne.avi 7\n")
     with pytest.raises(ValueError, match=r"expected FILE\.avi and 0, 1 or 2:\n  line 2: 'e\.avi 7'"):
         HMDB51(root=tmp_path).listing()

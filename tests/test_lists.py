@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from convmae.data import UNLABELLED
-from convmae.listing import Listing, Names
+from convmae.listing import Listing, Names, listing
+from video import lists
 from video.lists import from_labeled_paths, labeled_paths, read_list
+from video.videos import VIDEO_SUFFIXES
 
 
 def read(folder: Path, text: str | bytes) -> Listing:
@@ -34,8 +36,18 @@ def read(folder: Path, text: str | bytes) -> Listing:
         ("a.mp4\nb c.mp4\n/d/e.webm\n", ["a.mp4", "b c.mp4", "/d/e.webm"], [UNLABELLED] * 3),
         ("a.mp4 -1\nb.mp4 0\n", ["a.mp4", "b.mp4"], [UNLABELLED, 0]),
         ("größe/ä.mp4 1\n", ["größe/ä.mp4"], [1]),
+        ("a,b.mp4 3\nc, d.mp4 1\n", ["a,b.mp4", "c, d.mp4"], [3, 1]),
+        ("a,b.mp4\t3\nc,d.mp4\t1\n", ["a,b.mp4", "c,d.mp4"], [3, 1]),
+        ("path label\na.mp4 1\n", ["a.mp4"], [1]),
+        ("v/a.mp4 0 -1\nv/b.mp4 0 -1\n", ["v/a.mp4", "v/b.mp4"], [UNLABELLED] * 2),
+        ("frames/a_1.5 250 3\nframes/b 16 0\n", ["frames/a_1.5", "frames/b"], [3, 0]),
+        ("a.avi (mended).mp4 2\nb.mp4 1\n", ["a.avi (mended).mp4", "b.mp4"], [2, 1]),
+        ("a\u2028b.mp4 1\nc.mp4 2\n", ["a\u2028b.mp4", "c.mp4"], [1, 2]),
     ],
-    ids=["space", "comma", "quoted", "tab", "header", "mark", "frames", "frames,", "paths", "none", "letters"],
+    ids=[
+        *("space", "comma", "quoted", "tab", "header", "mark", "frames", "frames,", "paths", "none", "letters"),
+        *("comma in path", "comma in path, tab", "header of one", "VideoMAE", "dot", "two endings", "line separator"),
+    ],
 )
 def test_a_list_gives_paths_and_labels(tmp_path: Path, text: str, files: list[str], labels: list[int]) -> None:
     found = read(tmp_path, text)
@@ -66,6 +78,12 @@ def test_classes_by_name_are_numbered_in_sorted_order(tmp_path: Path, text: str)
         ("a.mp4,1\nb.mp4,run\nc.mp4,2\n", r"all labels numbers or all names, unlike here:\n  line 2: 'b.mp4,run'"),
         ("a.mp4,swim\nb.mp4,run\nc.mp4,2\n", r"unlike here:\n  line 3: 'c.mp4,2'"),
         ("a.mp4,1\nb.mp4,-7\n", r"labels are numbers from 0, or -1 for none:\n  line 2"),
+        ("a.mp4\nb.mp4\nc.mp4 3\n", r"expected a path alone .*:\n  line 3: 'c.mp4 3'"),
+        ("a.mp4 swim\nb.mp4 run\nx y.mp4\n", r"expected `path label`:\n  line 3: 'x y.mp4'"),
+        ("a.mp4 ride a bike\nb.mp4 ride a car\n", "names of classes with spaces go after a comma or a tab"),
+        ("f/a 120 3\nf/b 2\nf/c 50 2\n", r"expected `path frames label`:\n  line 2: 'f/b 2'"),
+        ("a.mp4 --3\nb.mp4 1\n", r"unlike here:\n  line 1: 'a.mp4 --3'"),
+        ("a.mp4 1\nb.mp4 5000000000\n", r"numbers of classes, below 1000000:\n  line 2"),
         ("a.mp4 1\nb.mp4 2\na.mp4 1\n", r"listed once.*:\n  line 3: 'a.mp4 1'"),
         (b"\xff\xd8\xff\xe0 1\n", "it is not text"),
         (b"a\x00b 1\n", "zero bytes"),
@@ -87,6 +105,26 @@ def test_of_many_wrong_lines_five_are_named_and_the_others_counted(tmp_path: Pat
 def test_a_list_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         read_list(tmp_path / "gone.csv")
+
+
+def test_the_endings_that_tell_a_path_are_those_of_videos() -> None:
+    assert lists._ENDINGS == VIDEO_SUFFIXES
+
+
+# --- folders of frames ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_frames_is_a_video_among_others(tmp_path: Path) -> None:
+    for name in ("run/f/1.jpg", "run/f/2.JPG", "run/one/1.jpg", "run/v.mp4", "walk/both/1.png", "walk/both/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "walk" / "both" / "w.mp4").touch()
+    (tmp_path / "walk" / "1.jpg").touch()
+    (tmp_path / "walk" / "2.jpg").touch()
+    found = listing(tmp_path, VIDEO_SUFFIXES, frames=frozenset([".jpg", ".png"]))
+    assert list(found.files) == ["run/f", "run/v.mp4", "walk/both/w.mp4"]
+    assert (found.labels.tolist(), found.classes) == ([0, 0, 1], ("run", "walk"))
+    assert list(listing(tmp_path, VIDEO_SUFFIXES).files) == ["run/v.mp4", "walk/both/w.mp4"]
 
 
 # --- pytorchvideo -----------------------------------------------------------------------------------------------------

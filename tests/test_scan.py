@@ -20,7 +20,7 @@ from convmae.manifest import Entry
 from video import readers
 from video.demo import encode
 from video.examine import examine
-from video.scan import main, scan
+from video.scan import _Look, main, scan
 from video.videos import Videos
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -132,12 +132,15 @@ def test_folders_of_frames_and_images_are_looked_at_too(tmp_path: Path) -> None:
 # --- files that end the process that looks at them --------------------------------------------------------------------
 
 
-def troublesome(path: str, *, name: str, quick: bool) -> Entry:
-    if "hangs" in name:
-        time.sleep(1000)
-    if "dies" in name:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return examine(path, name=name, quick=quick)
+class Troublesome(_Look):
+    """Does to its process what decoders do on some files."""
+
+    def __call__(self, name: str) -> Entry:
+        if "hangs" in name:
+            time.sleep(1000)
+        if "dies" in name:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(name)
 
 
 def test_a_file_that_hangs_or_crashes_the_decoder_is_blamed_and_the_scan_goes_on(
@@ -145,15 +148,15 @@ def test_a_file_that_hangs_or_crashes_the_decoder_is_blamed_and_the_scan_goes_on
 ) -> None:
     for name in ("a.mp4", "dies.mp4", "hangs.mp4", "z.mp4"):
         video(tmp_path / name)
-    monkeypatch.setattr("video.scan.examine", troublesome)
+    monkeypatch.setattr("video.scan._Look", Troublesome)
     began = time.monotonic()
     found = scan(tmp_path, workers=2, seconds=15).entries
     assert time.monotonic() - began < 60
     assert {name: entry.usable for name, entry in found.items()} == {
         "a.mp4": True, "dies.mp4": False, "hangs.mp4": False, "z.mp4": True
     }  # fmt: skip
-    assert found["hangs.mp4"].reason == "took more than 15 s to look at"
-    assert found["dies.mp4"].reason == "ended the process that looked at it (SIGSEGV)"
+    assert found["hangs.mp4"].reason == "took more than 15 s"
+    assert found["dies.mp4"].reason == "ended the process that read it (SIGSEGV)"
 
 
 # --- stopped, killed, gone on with ------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def test_a_scan_of_a_thousand_files_is_interrupted_killed_and_resumed_and_looks_
     finished = start(root)
     said, error = finished.communicate(timeout=300)
     assert finished.returncode == 0, error
-    assert f"{seen} of 1000 files are known already" in said
+    assert f"{seen} of 1000 files were known already" in said
     assert "1000 files: 910 usable, 0 partly, 90 not" in said
     assert "90 x empty file: class " in said
     other = tmp_path / "other.jsonl"

@@ -144,6 +144,7 @@ def test_a_list_of_videos(tmp_path: Path) -> None:
         counting(tmp_path / name)
     listed = tmp_path / "train.csv"
     listed.write_text(f"a b.mp4,3\n{tmp_path}/sub/c.mp4,1\n")
+    assert Videos(root=str(listed)) == Videos(root=listed)  # type: ignore[arg-type]
     samples = Videos(root=listed).open((4, 32, 32))
     assert [samples.load(index, seeded()).label for index in range(2)] == [3, 1]
     assert samples.name(0) == str(tmp_path / "a b.mp4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -38,44 +39,54 @@ class Kinetics(Videos):
 
     def listing(self) -> Listing:
         """The videos and their classes; raises ValueError where there are none, or the csv cannot be read."""
-        inside = self.split if (self.base / self.split).is_dir() else ""
-        found = listing(self.base / inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+        base = _folder(self)
+        inside = self.split if (base / self.split).is_dir() else ""
+        others = [] if inside or self.annotations else [name for name in _SPLITS if (base / name).is_dir()]
+        if others:
+            raise ValueError(f"{base} holds no split={self.split!r}, but {', '.join(others)}")
+        found = listing(base / inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
         files = [os.path.join(inside, name) for name in found.files]
         if self.annotations is None:
             return Listing.of(files, found.labels.tolist(), found.classes)
-        rows = _kinetics_rows(self.annotations, self.split)
-        classes = sorted({label for label, *_ in rows})
+        rows, classes = _kinetics_rows(self.annotations, self.split)
         place = {name: number for number, name in enumerate(classes)}
         there = {Path(name).stem: name for name in files}
         pairs = [(there.get(cut) or there.get(whole), place[label]) for label, cut, whole in rows]
         named = [(name, label) for name, label in pairs if name is not None]
         if not named:
-            raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {self.base / inside}")
+            raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {base / inside}")
         if len(named) < len(rows):
             log.warning("%d of %d videos of %s are not there", len(rows) - len(named), len(rows), self.annotations)
         return Listing.of([name for name, _ in named], [label for _, label in named], classes)
 
 
-def _kinetics_rows(path: Path, split: str) -> list[tuple[str, str, str]]:
-    """Of each row of a split: its class, the name of the file cut by the official tool, and that of the whole."""
+_SPLITS = ("train", "val", "validate", "validation", "test")
+
+
+def _kinetics_rows(path: Path, split: str) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Of each row of a split: its class, the name of the file cut by the official tool, and that of the whole.
+
+    And the classes of all splits in the csv, sorted: so they have the same numbers in each.
+    """
     wanted = ("label", "youtube_id", "time_start", "time_end")
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if lacking := [name for name in wanted if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path} has no column {', '.join(lacking)}: it is not a csv of Kinetics with labels")
-        rows, wrong = [], []
-        for number, row in enumerate(reader, start=2):
-            times = [row["time_start"] or "", row["time_end"] or ""]
-            if not row["youtube_id"] or not row["label"] or not all(time.isdigit() for time in times):
-                wrong.append((number, ",".join(str(value) for value in row.values())))
-            elif row.get("split") in (None, "", split):
-                start, end = (int(time) for time in times)
-                rows.append((row["label"], f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]))
+    reader = csv.DictReader(io.StringIO(_text(path)))
+    if lacking := [name for name in wanted if name not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path} has no column {', '.join(lacking)}: it is not a csv of Kinetics with labels")
+    rows, wrong, classes, splits = [], [], set(), set()
+    for number, row in enumerate(reader, start=2):
+        start, end = row["time_start"] or "", row["time_end"] or ""
+        if not row["youtube_id"] or not row["label"] or not (start.isdecimal() and end.isdecimal()):
+            wrong.append((number, ",".join(str(value) for value in row.values())))
+            continue
+        classes.add(row["label"])
+        splits.add(row.get("split") or split)
+        if row.get("split") in (None, "", split):
+            rows.append((row["label"], f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}", row["youtube_id"]))
     if wrong:
         raise ValueError(complaint(path, wrong, f"expected {','.join(wanted)}, times as whole seconds"))
     if not rows:
-        raise ValueError(f"{path} has no row of split {split!r}")
-    return rows
+        raise ValueError(f"{path} has no row of split {split!r}, but of {', '.join(sorted(splits)) or 'none'}")
+    return rows, sorted(classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +104,19 @@ class SomethingSomething(Videos):
     sampling: Sampling = Segments()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.flip:
             raise ValueError("SomethingSomething(flip=True): left and right tell its classes apart")
 
     def listing(self) -> Listing:
         """The videos of the split and their classes, of which the test split has none."""
+        base = _folder(self)
         rows = self._json(self.split)
         places = self._json("labels") if self.split != "test" else {}
         if not isinstance(rows, list) or not isinstance(places, dict):
             raise ValueError(f"the annotations in {self.base} are not those of Something-Something V2")
+        if sorted(map(str, places.values())) != sorted(map(str, range(len(places)))):
+            raise ValueError(f"{self._annotation('labels')}: expected a number for each template, from 0 on, each once")
         if not rows:
             raise ValueError(f"{self._annotation(self.split)} lists no video")
         classes = [name for name, _ in sorted(places.items(), key=lambda pair: int(pair[1]))]
@@ -114,9 +129,9 @@ class SomethingSomething(Videos):
         if wrong:
             expected = "expected entries with an id, and a template that is among the labels; counted from the first"
             raise ValueError(complaint(self._annotation(self.split), wrong, expected))
-        inside = _first(self.base, ("20bn-something-something-v2", ""))
+        inside = _first(base, ("20bn-something-something-v2", ""))
         suffix = "" if (inside / str(rows[0]["id"])).is_dir() else ".webm"
-        files = [str((inside / f"{row['id']}{suffix}").relative_to(self.base)) for row in rows]
+        files = [str((inside / f"{row['id']}{suffix}").relative_to(base)) for row in rows]
         return Listing.of(files, labels, classes)
 
     def _annotation(self, what: str) -> Path:
@@ -126,8 +141,8 @@ class SomethingSomething(Videos):
     def _json(self, what: str) -> Any:
         path = self._annotation(what)
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as problem:
+            return json.loads(_text(path))
+        except json.JSONDecodeError as problem:
             raise ValueError(f"{path} cannot be read: {problem}") from problem
 
 
@@ -143,15 +158,16 @@ class UCF101(Videos):
 
     def listing(self) -> Listing:
         """The videos of the split and their classes."""
-        lists = _first(self.base, ("ucfTrainTestlist", "annotations", ""))
+        base = _folder(self)
+        lists = _first(base, ("ucfTrainTestlist", "annotations", ""))
         path = lists / f"{'train' if self.train else 'test'}list{self.split:02}.txt"
         classes = [fields[1] for _, fields in _fields(lists / "classInd.txt", 2)]
         rows = [(number, fields[0]) for number, fields in _fields(path, 1)]
         wrong = [(number, name) for number, name in rows if name.partition("/")[0] not in classes]
         if wrong:
             raise ValueError(complaint(path, wrong, "expected CLASS/FILE, of a class of classInd.txt"))
-        inside = _first(self.base, ("UCF-101", "UCF101", "videos", ""))
-        files = [str((inside / name).relative_to(self.base)) for _, name in rows]
+        inside = _first(base, ("UCF-101", "UCF101", "videos", ""))
+        files = [str((inside / name).relative_to(base)) for _, name in rows]
         return Listing.of(files, [classes.index(name.partition("/")[0]) for _, name in rows], classes)
 
 
@@ -168,23 +184,38 @@ class HMDB51(Videos):
 
     def listing(self) -> Listing:
         """The videos of the split and their classes."""
-        ending = f"_test_split{self.split}.txt"
-        folder = _first(self.base, ("testTrainMulti_7030_splits", "splits", "annotations", ""))
+        base, ending = _folder(self), f"_test_split{self.split}.txt"
+        folder = _first(base, ("testTrainMulti_7030_splits", "splits", "annotations", ""))
         lists = sorted(folder.glob(f"*{ending}"))
         if not lists:
             raise ValueError(f"{folder} holds no list CLASS{ending}")
-        inside = _first(self.base, ("videos", "hmdb51_org", ""))
+        inside = _first(base, ("videos", "hmdb51_org", ""))
         files, labels, classes = [], [], [path.name.removesuffix(ending) for path in lists]
         for label, path in enumerate(lists):
             rows = list(_fields(path, 2))
             if wrong := [(number, " ".join(fields)) for number, fields in rows if fields[1] not in ("0", "1", "2")]:
                 raise ValueError(complaint(path, wrong, "expected FILE.avi and 0, 1 or 2"))
             names = [fields[0] for _, fields in rows if fields[1] == ("1" if self.train else "2")]
-            files += [str((inside / classes[label] / name).relative_to(self.base)) for name in names]
+            files += [str((inside / classes[label] / name).relative_to(base)) for name in names]
             labels += [label] * len(names)
         if not files:
             raise ValueError(f"the lists in {folder} name no video of this part of split {self.split}")
         return Listing.of(files, labels, classes)
+
+
+def _folder(source: Videos) -> Path:
+    """Where a data set lies; raises ValueError where it is not a folder."""
+    if source.root is None or not source.root.is_dir():
+        raise ValueError(f"{type(source).__name__}(root={str(source.root)!r}): root is not a folder with the data set")
+    return source.root
+
+
+def _text(path: Path) -> str:
+    """A text file, without a byte order mark; raises ValueError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"{path} cannot be read: {problem}") from problem
 
 
 def _first(base: Path, names: Iterable[str]) -> Path:
@@ -200,7 +231,7 @@ def _fields(path: Path, least: int) -> Sequence[tuple[int, list[str]]]:
     """The words of each line, with its number; raises ValueError for lines of less, and for an empty file."""
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {path.name}")
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), start=1)]
+    lines = [(number, line.strip()) for number, line in enumerate(_text(path).split("\n"), start=1)]
     rows = [(number, line.split()) for number, line in lines if line]
     if wrong := [(number, " ".join(words)) for number, words in rows if len(words) < least]:
         raise ValueError(complaint(path, wrong, f"expected {least} words in a line"))

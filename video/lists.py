@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from convmae.data import UNLABELLED
 from convmae.listing import Listing
 
 SHOWN = 5  # lines that an error names
+MOST_CLASSES = 1_000_000  # a larger label is a time or an identifier
 
 Row = tuple[str, str | None]
 
@@ -20,9 +23,10 @@ def read_list(path: Path) -> Listing:
     """Read a list of videos, one a line; nothing of what it names is opened.
 
     A line is `path label`, split at a space or tab, or `path,label`; or `path frames label`, as lists of folders of
-    frames have it; or a path alone, without a class. What separates is found out from the whole file, and a path may
-    hold it as well: the label is what comes last. A label is a number, or a class's name; then classes are numbered in
-    sorted order. Empty lines and those that begin with # are passed over, and so is a first line `path,label`.
+    frames have it, and `path 0 -1`, without a class; or a path alone, without a class. Which of these is found out from
+    the whole file. A path may hold what separates as well: the label is what comes last. A label is a number, or a
+    class's name; then classes are numbered in sorted order. Empty lines and those that begin with # are passed over,
+    and so is a first line `path,label`.
 
     Paths stay as they are; relative ones are meant relative to the folder of the list.
 
@@ -30,13 +34,13 @@ def read_list(path: Path) -> Listing:
     others, the first of which are named.
     """
     lines = _lines(path)
-    separate, kind = _separator([line for _, line in lines])
-    rows = [(number, line, separate(line)) for number, line in lines]
-    if rows[0][2][1] in ("label", "class") and rows[0][2][0].split(",")[0] in ("path", "video", "file", "filename"):
-        rows = rows[1:]
-    if not rows:
+    if _HEADER.fullmatch(lines[0][1]):
+        lines = lines[1:]
+    if not lines:
         raise ValueError(f"{path} lists no video")
-    if wrong := [(number, line) for number, line, (name, label) in rows if not name or label == ""]:
+    separate, kind = _layout([line for _, line in lines])
+    rows = [(number, line, separate(line)) for number, line in lines]
+    if wrong := [(number, line) for number, line, row in rows if not _fits(*row)]:
         raise ValueError(complaint(path, wrong, f"expected {kind}"))
     names = [name for _, _, (name, _) in rows]
     if len(set(names)) < len(names):
@@ -66,65 +70,76 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"{path} cannot be read: {problem}") from problem
     if "\0" in text:
         raise ValueError(f"{path} is not a list of videos: it holds zero bytes")
-    found = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:
         raise ValueError(f"{path} lists no video: it is empty")
     return found
 
 
-def _separator(lines: Sequence[str]) -> tuple[Callable[[str], Row], str]:
-    """How to take a line apart, and what it should look like."""
-    for mark, kind in ((",", "`path,label`"), ("\t", "`path`, a tab, `label`"), (" ", "`path label`")):
-        with_it = sum(mark in line and _is_label(line.rpartition(mark)[2]) for line in lines)
-        if 2 * with_it > len(lines) and (mark != " " or _labels_after_spaces(lines)):
-            return (_by_comma if mark == "," else partial(_by_last, mark)), kind
-    return (lambda line: (line, None)), "a path"
+def _layout(lines: Sequence[str]) -> tuple[Callable[[str], Row], str]:
+    """How to take a line apart, and what it should look like: as it does for more than half of them."""
+    for sure in (True, False):
+        for mark, kind in _KINDS[: None if sure else 2]:  # a space before what may be no label means nothing
+            rows = [_split(line, mark) for line in lines if mark in line]
+            bare = [(_without_count(name, mark), label) for name, label in rows]
+            if 2 * sum(_fits(*row) and (not sure or _is_sure(*row)) for row in bare) > len(lines):
+                if 2 * sum(short != name for (short, _), (name, _) in zip(bare, rows, strict=True)) > len(lines):
+                    return partial(_split_off_count, mark=mark), kind.replace("path", "path frames", 1)
+                return partial(_split, mark=mark), kind
+    return (lambda line: (line, None)), "a path alone (names of classes with spaces go after a comma or a tab)"
 
 
-def _is_label(text: str) -> bool:
-    """Whether it may be a label: no path, and no name of a file."""
-    return bool(text.strip()) and "/" not in text and Path(text.strip()).suffix.lower() not in _ENDINGS
+_KINDS = ((",", "`path,label`"), ("\t", "`path`, a tab, `label`"), (" ", "`path label`"))
+_ENDINGS = frozenset((".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"))
+_HEADER = re.compile(r"(path|video|file|filename)([\s,]+\w+)?[\s,]+(label|class)", re.IGNORECASE)
+_ENDING = re.compile(rf"({'|'.join(map(re.escape, sorted(_ENDINGS)))})(?=[\s,]|$)", re.IGNORECASE)
+_NUMBER = re.compile("-?[0-9]+")
 
 
-_ENDINGS = frozenset((".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts"))
+def _fits(name: str, label: str | None) -> bool:
+    """Whether it may be a path, in which nothing comes after a file's ending, and a label, which is no file."""
+    file = os.path.basename(name)
+    whole = bool(name) and (os.path.splitext(file)[1].lower() in _ENDINGS or not _ENDING.search(file))
+    return whole and (label is None or (bool(label) and "/" not in label and not _ENDING.search(label)))
 
 
-def _labels_after_spaces(lines: Sequence[str]) -> bool:
-    """Whether most lines end in a number, or hold a file's ending before their last word: paths may hold spaces."""
-    parts = [line.rpartition(" ") for line in lines]
-    return 2 * sum(word.isdigit() or Path(path).suffix.lower() in _ENDINGS for path, _, word in parts) > len(lines)
+def _is_sure(name: str, label: str | None) -> bool:
+    """Whether it can be nothing but a path and a label: it is a number, or comes after a file's ending."""
+    return bool(_NUMBER.fullmatch(label or "")) or os.path.splitext(name)[1].lower() in _ENDINGS
 
 
-def _by_comma(line: str) -> Row:
-    if not line.startswith('"'):
-        return _by_last(",", line)
-    fields = next(csv.reader([line], skipinitialspace=True))
-    return (_without_count(",".join(fields[:-1]), ","), fields[-1].strip()) if len(fields) > 1 else (line, "")
+def _split(line: str, mark: str) -> Row:
+    if mark == "," and line.startswith('"'):
+        fields = next(csv.reader([line], skipinitialspace=True))
+        return ",".join(fields[:-1]), fields[-1].strip()
+    name, _, label = line.rpartition(mark)
+    return name.strip(), label.strip()
 
 
-def _by_last(mark: str, line: str) -> Row:
-    path, found, label = line.rpartition(mark)
-    if not found:
-        return line, ""
-    return _without_count(path.strip(), mark), label.strip()
+def _split_off_count(line: str, mark: str) -> Row:
+    name, label = _split(line, mark)
+    short = _without_count(name, mark)
+    return ("" if short == name else short), label
 
 
-def _without_count(path: str, mark: str) -> str:
-    """The path of a folder of frames without their number, which comes between path and label."""
-    before, _, last = path.rpartition(mark)
-    return before.strip() if before and last.strip().isdigit() and not Path(before).suffix else path
+def _without_count(name: str, mark: str) -> str:
+    """The path without the number of frames that comes between it and the label, if one does."""
+    before, _, last = name.rpartition(mark)
+    return before.strip() if before and last.strip().isdecimal() else name
 
 
 def _labelled(path: Path, rows: Sequence[tuple[int, str, Row]], kind: str) -> Listing:
     names, labels = [name for _, _, (name, _) in rows], [label for _, _, (_, label) in rows]
     if labels[0] is None:
         return Listing.of(names, [UNLABELLED] * len(names))
-    numbers = [label is not None and label.lstrip("-").isdigit() for label in labels]
+    numbers = [bool(_NUMBER.fullmatch(label or "")) for label in labels]
     if all(numbers):
         values = [int(label or 0) for label in labels]
         if wrong := [(row[0], row[1]) for row, value in zip(rows, values, strict=True) if value < UNLABELLED]:
             raise ValueError(complaint(path, wrong, "labels are numbers from 0, or -1 for none"))
+        if wrong := [(row[0], row[1]) for row, value in zip(rows, values, strict=True) if value >= MOST_CLASSES]:
+            raise ValueError(complaint(path, wrong, f"labels are numbers of classes, below {MOST_CLASSES}"))
         return Listing.of(names, values, map(str, range(max(values) + 1)))
     if any(numbers):
         few = sum(numbers) * 2 < len(numbers)

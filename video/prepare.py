@@ -16,20 +16,17 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,6 +43,7 @@ from convmae.files import append_line, lines, write_whole, writing
 from convmae.listing import Listing
 from convmae.shards import INDEX, Index, Place, index_of, save_index, write_shard
 from video import readers
+from video.in_parallel import LostError, Shown, in_processes, usable_cpus
 from video.readers.protocol import one_line
 from video.readers.pyav import Index as Packets
 from video.videos import Videos
@@ -264,47 +262,6 @@ def _heard(given: InputContainer) -> Iterator[AudioFrame]:
 # ---- many videos -----------------------------------------------------------------------------------------------------
 
 
-def in_processes(
-    tasks: Iterable[Task], *, workers: int, seconds: float
-) -> Iterator[tuple[Task, Made | UnusableFileError]]:
-    """Do tasks in other processes, as many at once, and give what became of each, as they finish.
-
-    A process that takes more than so many seconds for a task is ended, and one that crashes is replaced: the file is
-    blamed. Raises OSError where the disk is full.
-    """
-    from pebble import ProcessExpired, ProcessPool
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["convmae.shards", "video.videos"])  # what takes time to import
-    pool = ProcessPool(max_workers=workers, context=context, initializer=_leave_signals_to_the_parent)
-    remaining, under_way = iter(tasks), dict[Future[Made], Task]()
-    try:
-        while True:
-            for task in islice(remaining, 4 * workers - len(under_way)):
-                under_way[pool.schedule(work, (task,), timeout=seconds)] = task
-            if not under_way:
-                return
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                task = under_way.pop(future)
-                try:
-                    yield task, future.result()
-                except UnusableFileError as problem:
-                    yield task, problem
-                except TimeoutError:
-                    yield task, UnusableFileError(task.source, f"took more than {seconds:g} s")
-                except ProcessExpired as death:
-                    code = death.exitcode or 0
-                    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    yield task, UnusableFileError(task.source, f"ended the process that read it ({how})")
-    finally:
-        pool.stop()  # type: ignore[no-untyped-call]
-        pool.join()
-
-
-def _leave_signals_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class Summary(NamedTuple):
     """What `prepare` did: how many videos are there now, how many of them were before, and which are not, and why."""
 
@@ -327,12 +284,15 @@ class _Job:
     encoding: Encoding
     workers: int
     seconds: float
-    shown: _Shown
+    shown: Shown
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Made | UnusableFileError]]:
         """Do tasks, show them and keep what went wrong; gives their numbers and results, as they finish."""
-        for task, result in in_processes(tasks, workers=self.workers, seconds=self.seconds):
-            self.shown.see(result)
+        for task, found in in_processes(work, tasks, workers=self.workers, seconds=self.seconds):
+            result = UnusableFileError(task.source, str(found)) if isinstance(found, LostError) else found
+            if not isinstance(result, Made | UnusableFileError):
+                raise result
+            self.shown.see(failed=isinstance(result, UnusableFileError))
             self.note(result, task.number)
             yield task.number, result
 
@@ -364,7 +324,7 @@ def prepare(
 
     What is there already, from a run that was interrupted, is kept. Files keep their names, but for the ending, and
     `list.csv` lists them with their classes. Shards hold them in an order shuffled once, so that each has videos of all
-    classes; interrupted or not, they come out the same. Videos that cannot be read are in `failed.jsonl`; those that
+    classes; interrupted or not, it is the same order. Videos that cannot be read are in `failed.jsonl`; those that
     were not packed or written then are tried again by the next run.
 
     Args:
@@ -398,9 +358,9 @@ def prepare(
     names = _names(sources, str(videos.base), keys=shards_mb is not None)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out), _Shown(len(sources)) as shown:
+        with _alone(out), Shown() as shown:
             _settle(out, _settings(root, sources, encoding, shards_mb, copy))
-            job = _Job(out, listing, sources, names, encoding, workers or _cpus(), seconds_per_file, shown)
+            job = _Job(out, listing, sources, names, encoding, workers or usable_cpus(), seconds_per_file, shown)
             _sweep(out)
             try:
                 return _into_files(job) if shards_mb is None else _into_shards(job, shards_mb * 1e6, copy)
@@ -417,7 +377,7 @@ def _into_files(job: _Job) -> Summary:
     todo = [number for number, target in enumerate(targets) if not target.exists()]
     job.forget(todo)
     before = len(targets) - len(todo)
-    job.shown.pass_over(before)
+    job.shown.begin(len(targets), before=before)
     for _ in job.run(Task(number, job.sources[number], str(targets[number]), job.encoding) for number in todo):
         pass
     there = [number for number, target in enumerate(targets) if target.exists()]
@@ -452,7 +412,7 @@ def _into_shards(job: _Job, size: float, copy: bool) -> Summary:
         parts[number].unlink(missing_ok=True)
     ready = set() if copy else {number for number in order[start:] if parts[number].exists()}
     job.forget(number for number in order[start:] if number not in ready)
-    job.shown.pass_over(start + len(ready))
+    job.shown.begin(len(job.sources), before=start + len(ready))
     results = job.run(
         Task(number, job.sources[number], None if copy else str(parts[number]), job.encoding)
         for number in order[start:]
@@ -598,53 +558,6 @@ def _sweep(out: Path) -> None:
     """Remove what ended processes left half written."""
     for left in out.rglob(".*.tmp"):
         left.unlink(missing_ok=True)
-
-
-class _Shown:
-    """How far it is: on a terminal a bar, elsewhere a line every 30 seconds."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
-        self.total = total
-        self.done = self.before = self.failed = 0
-        self.began = self.said = time.monotonic()
-        console = Console(stderr=True)
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
-        self.silent = not console.is_terminal
-        self.bar = Progress(*columns, console=console, disable=self.silent)
-        self.task = self.bar.add_task("videos", total=total, failed=0)
-
-    def __enter__(self) -> _Shown:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def pass_over(self, count: int) -> None:
-        """So many were done before."""
-        self.done = self.before = count
-        self.bar.update(self.task, completed=count)
-
-    def see(self, result: Made | UnusableFileError) -> None:
-        """One more is done."""
-        self.done += 1
-        self.failed += isinstance(result, UnusableFileError)
-        self.bar.update(self.task, completed=self.done, failed=self.failed)
-        now = time.monotonic()
-        if self.silent and now - self.said > 30:
-            self.said = now
-            rate = (self.done - self.before) / (now - self.began)
-            minutes = (self.total - self.done) / rate / 60
-            numbers = f"{self.done} of {self.total} videos, {self.failed} failed, {rate:.1f}/s, {minutes:.0f} min left"
-            print(numbers, file=sys.stderr, flush=True)
-
-
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -12,23 +12,21 @@ there is one, and leaves out what is unusable.
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convmae import manifest
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import listing
 from convmae.manifest import Entry
 from video.examine import examine, examine_image
+from video.in_parallel import LostError, Shown, in_processes, usable_cpus
 from video.videos import Videos
 
 SECONDS = 120.0
@@ -59,7 +57,7 @@ def scan(
     seconds: float = SECONDS,
     path: Path | None = None,
     pictures: bool = False,
-    tell: Callable[[int, int, Entry | None], None] = lambda done, total, entry: None,
+    shown: Shown | None = None,
 ) -> Found:
     """Look at all files of a folder or a list, in parallel, and keep the manifest.
 
@@ -71,7 +69,7 @@ def scan(
         seconds: after which a file is given up, and the process that looks at it ended.
         path: of the manifest; None: beside the root.
         pictures: the files are images, not videos.
-        tell: called with the number of files known, of all, and what was found out last.
+        shown: where progress is shown.
 
     Raises:
         ValueError: there are no such files, the manifest cannot be read or written, or another scan writes it.
@@ -83,19 +81,15 @@ def scan(
         known = {} if again else manifest.load(path)
         entries = {name: known[name] for name in names if name in known and _unchanged(known[name], base)}
         missing = [name for name in names if name not in entries]
-        tell(len(entries), len(names), None)
-        look = examine_image if pictures else examine
-        for entry in _examined(look, base, missing, workers or usable_cpus(), quick, seconds):
+        if shown is not None:
+            shown.begin(len(names), before=len(entries))
+        for entry in _examined(missing, base, _Look(base, pictures, quick), workers or usable_cpus(), seconds):
             manifest.append(descriptor, entry)
             entries[entry.file] = entry
-            tell(len(entries), len(names), entry)
+            if shown is not None:
+                shown.see(failed=not entry.usable)
         manifest.write(path, entries.values())
     return Found(path=path, entries=entries, looked_at=len(missing))
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _files(root: Path, pictures: bool) -> tuple[Sequence[str], str]:
@@ -134,52 +128,32 @@ def _unchanged(entry: Entry, base: str) -> bool:
     return (status.st_size, status.st_mtime) == (entry.bytes, entry.modified)
 
 
-def _examined(
-    look: Callable[..., Entry], base: str, names: Sequence[str], workers: int, quick: bool, seconds: float
-) -> Iterator[Entry]:
-    """What was found out about each of the files, in the order in which they were begun."""
-    from pebble import ProcessPool
-
-    if not names:
-        return
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    pool = ProcessPool(min(workers, len(names)), initializer=_hush, context=context)
-    under_way: deque[tuple[str, Any]] = deque()
-    try:
-        for name in names:
-            given = {"name": name, "quick": quick}
-            under_way.append((name, pool.schedule(look, (os.path.join(base, name),), given, timeout=seconds)))
-            if len(under_way) >= 8 * workers:
-                yield _verdict(*under_way.popleft(), base, seconds)
-        while under_way:
-            yield _verdict(*under_way.popleft(), base, seconds)
-    finally:
-        pool.stop()  # type: ignore[no-untyped-call]
-        pool.join()
+def _examined(names: Sequence[str], base: str, look: _Look, workers: int, seconds: float) -> Iterator[Entry]:
+    """What was found out about each of the files, as they are done."""
+    for name, result in in_processes(look, names, workers=workers, seconds=seconds):
+        if isinstance(result, FileNotFoundError):
+            yield _given_up(name, base, "no such file")
+        elif isinstance(result, OSError):
+            yield _given_up(name, base, f"cannot be read ({result.strerror})")
+        elif isinstance(result, LostError):
+            yield _given_up(name, base, str(result))
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            yield result
 
 
-def _hush() -> None:
-    """Nothing on the terminal from decoders: what they say of a damaged file, its entry says."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+@dataclass(frozen=True)
+class _Look:
+    """Looks at a file, in another process."""
 
+    base: str
+    pictures: bool
+    quick: bool
 
-def _verdict(name: str, future: Any, base: str, seconds: float) -> Entry:
-    """The result, or what became of the process that should have given it."""
-    from pebble import ProcessExpired
-
-    try:
-        entry: Entry = future.result()
-    except TimeoutError:
-        return _given_up(name, base, f"took more than {seconds:g} s to look at")
-    except ProcessExpired as problem:
-        code = problem.exitcode or 0
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _given_up(name, base, f"ended the process that looked at it ({how})")
-    except OSError as problem:
-        reason = "no such file" if isinstance(problem, FileNotFoundError) else f"cannot be read ({problem.strerror})"
-        return _given_up(name, base, reason)
-    return entry
+    def __call__(self, name: str) -> Entry:
+        look = examine_image if self.pictures else examine
+        return look(os.path.join(self.base, name), name=name, quick=self.quick)
 
 
 def _given_up(name: str, base: str, reason: str) -> Entry:
@@ -225,35 +199,6 @@ def _range(values: Iterable[float]) -> str:
     return f"{middle:g}" if low == high else f"{low:g} to {high:g} (median {middle:g})"
 
 
-class _Display:
-    """A progress bar on a terminal; a line every half minute elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=None, said="")
-        self.quiet, self.printed = not console.is_terminal, time.monotonic()
-        self.began, self.first, self.unusable = time.monotonic(), 0, 0
-
-    def __call__(self, done: int, total: int, entry: Entry | None) -> None:
-        if entry is None:
-            self.first = done
-            if done:
-                print(f"{done} of {total} files are known already", flush=True)
-        elif not entry.usable:
-            self.unusable += 1
-        rate = (done - self.first) / max(time.monotonic() - self.began, 1e-9)
-        said = f"{rate:.1f} files/s, {self.unusable} unusable"
-        self.bar.update(self.task, completed=done, total=total, said=said)
-        if self.quiet and time.monotonic() - self.printed > 30:
-            self.printed = time.monotonic()
-            print(f"{done} of {total} files, {said}, {(total - done) / max(rate, 1e-9):.0f} s left", flush=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     """Look at every file of a data set, and write what is in it to a manifest, which training takes.
@@ -288,13 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    display = _Display()
     try:
         if options.workers is not None and options.workers < 1:
             raise ValueError(f"--workers {options.workers} is below 1")
         if options.seconds <= 0:
             raise ValueError(f"--seconds {options.seconds:g} is not positive")
-        with display.bar:
+        with Shown() as shown:
             found = scan(
                 options.root,
                 workers=options.workers,
@@ -303,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seconds=options.seconds,
                 path=options.manifest,
                 pictures=options.images,
-                tell=display,
+                shown=shown,
             )
     except ValueError as problem:
         print(f"python -m video.scan: {problem}", file=sys.stderr)
@@ -311,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    if found.looked_at < len(found.entries):
+        print(f"{len(found.entries) - found.looked_at} of {len(found.entries)} files were known already")
     for line in summary(found):
         print(line)
     return 0 if any(entry.usable for entry in found.entries.values()) else 1

@@ -126,6 +126,11 @@ class Videos(Clips):
     manifest: Path | None = None
     """What the scan wrote, where it was told to write elsewhere than beside the data."""
 
+    def __post_init__(self) -> None:
+        for name in ("root", "manifest"):
+            if isinstance(getattr(self, name), str):  # as one types it
+                object.__setattr__(self, name, Path(getattr(self, name)))
+
     def listing(self) -> Listing:
         """The videos, their paths relative to `base`, and their classes; raises ValueError where there are none."""
         if self.root is not None and not self.root.is_dir():

@@ -135,7 +135,8 @@ def _read(reader: Reader, video: Video, choose: Choose, short_side: int | None) 
         while track.frames > 1:
             indices, places = _distinct(choose(track), track.frames)
             try:
-                return opened.take(indices, _shrunk(track.height, track.width, short_side))[places]
+                frames = opened.take(indices, _shrunk(track.height, track.width, short_side))
+                return frames if np.array_equal(places, np.arange(len(frames))) else frames[places]
             except OverpromisedError as found:
                 track = track._replace(frames=min(found.frames, track.frames - 1))
     if track.frames:
