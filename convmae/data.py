@@ -318,12 +318,18 @@ class _Crew:
         return _Death(index, f"ended the process that loaded it ({how})", crashed=True)
 
     def _end_the_late(self) -> None:
-        while not self.closed.wait(min(1.0, self.seconds / 4)):
-            now = time.monotonic()
-            for worker, (index, began) in enumerate(self.desks.tolist()):
-                if index >= 0 and now - began > self.seconds and self.workers[worker].exitcode is None:
-                    self.late[worker] = int(index)
+        """End processes that are too long over a sample; time in which all were suspended is not held against them."""
+        tick, last = min(1.0, self.seconds / 4), time.monotonic()
+        before, spent = self.desks.tolist(), [0.0] * len(self.workers)
+        while not self.closed.wait(tick):
+            passed, last = min(time.monotonic() - last, 2 * tick), time.monotonic()
+            desks = self.desks.tolist()
+            for worker, desk in enumerate(desks):
+                spent[worker] = spent[worker] + passed if desk == before[worker] else 0.0
+                if desk[0] >= 0 and spent[worker] > self.seconds and self.workers[worker].exitcode is None:
+                    self.late[worker] = int(desk[0])
                     self.workers[worker].kill()
+            before = desks
 
     def __enter__(self) -> _Crew:
         return self
