@@ -1,7 +1,7 @@
 """What loading clips costs: every reader, and the whole loader against bare decoding of the same frames, in one run.
 
     python benchmarks/loader.py DATA                # a folder or list of videos; two classes of files are best apart
-    python benchmarks/loader.py DATA --clips 2000 --rounds 1 --only memory
+    python benchmarks/loader.py DATA --only memory --memory-clips 2000
 
 Clips of 16 frames at stride 4, cropped to 224 (VideoMAE's multi-scale crop, and a flip). A round decodes and loads the
 same clips in turn, each side in one thread, and rates are medians over the rounds, by processor time and by the clock.
@@ -54,7 +54,7 @@ def bare_decord(samples: VideoSamples, order: list[int], seed: int) -> Rate:
 
 def one_worker(samples: VideoSamples, order: list[int], seed: int) -> Rate:
     """The same samples through a loader process; its start is not counted."""
-    fixed = Fixed(samples, (order[0], *order))
+    fixed = Fixed(samples, (order[0], *order), seed)
     stream = Stream(fixed, SIZE, seed=seed, batch_size=1)
     began, clips = 0.0, 0
     for step, [batch] in enumerate(stream.batches(0, len(fixed), workers=1)):
@@ -66,10 +66,10 @@ def one_worker(samples: VideoSamples, order: list[int], seed: int) -> Rate:
 
 
 class Fixed:
-    """Samples in a given order, each at its place."""
+    """Samples in a given order, each at its place, and with the clips that the other sides take."""
 
-    def __init__(self, samples: VideoSamples, places: tuple[int, ...]) -> None:
-        self.samples, self.places = samples, places
+    def __init__(self, samples: VideoSamples, places: tuple[int, ...], seed: int) -> None:
+        self.samples, self.places, self.seed = samples, places, seed
 
     def __len__(self) -> int:
         return len(self.places)
@@ -77,10 +77,10 @@ class Fixed:
     def name(self, index: int) -> str:
         return self.samples.name(self.places[index])
 
-    def load(self, index: int, generator: torch.Generator) -> Any:
-        return self.samples.load(self.places[index], generator)
+    def load(self, index: int, random: torch.Generator) -> Any:
+        return self.samples.load(self.places[index], generator(self.seed, self.places[index]))
 
-    def order(self, generator: torch.Generator) -> torch.Tensor:
+    def order(self, random: torch.Generator) -> torch.Tensor:
         return torch.arange(len(self))
 
 
@@ -177,11 +177,14 @@ def main() -> None:
         result.update(by_cpu=by_cpu, by_clock=by_clock, load=share, loader=through)
     if given.only != "rates":
         curve = memory(samples, given.memory_clips)
-        settled = [megabytes for clips, megabytes in curve if clips >= given.memory_clips // 10]
-        print("memory, MB after clips: " + ", ".join(f"{mb:.0f} ({clips})" for clips, mb in curve[:: len(curve) // 8]))
-        half = len(settled) // 2
-        early, late = statistics.median(settled[:half]), statistics.median(settled[half:])
-        print(f"medians of the first and the second half, after a tenth: {early:.0f}, {late:.0f} MB")
+        settled = [megabytes for clips, megabytes in curve if clips >= given.memory_clips // 4] or [curve[-1][1]]
+        print(
+            "memory, MB after clips: "
+            + ", ".join(f"{mb:.0f} ({clips})" for clips, mb in curve[:: max(1, len(curve) // 8)])
+        )
+        half = max(1, len(settled) // 2)
+        early, late = statistics.median(settled[:half]), statistics.median(settled[-half:])
+        print(f"medians of the first and the second half, after a quarter: {early:.0f}, {late:.0f} MB")
         result.update(memory=curve)
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1))

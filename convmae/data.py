@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import multiprocessing
 import signal
 import sys
 import threading
@@ -141,7 +140,7 @@ class Stream:
         micro_batch: the most that a process takes at once; None = its whole share of a step.
         draw_mask: draws a mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
         detour: another number is another order, and other augmentation and masks, of the same samples.
-        blamed: samples over which a loader process died, and how; they are not tried again.
+        blamed: samples over which a loader process was lost, and how; not tried again, in one epoch or at all (None).
 
     Raises:
         ValueError: batch_size or micro_batch is not a multiple of the samples' repeats.
@@ -156,7 +155,7 @@ class Stream:
     micro_batch: int | None = None
     draw_mask: Callable[[torch.Generator], Tensor] | None = None
     detour: int = 0
-    blamed: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
+    blamed: dict[tuple[int | None, int], str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         times = repeats(self.samples)
@@ -215,7 +214,9 @@ class Stream:
         """For each step from start to stop, its micro-batches, loaded ahead by so many processes (0: in this one).
 
         A loader process that dies over a sample, or takes longer for it than so many seconds, is replaced, and the
-        sample is among `skipped` from then on. Loading in this process knows no such limit.
+        sample is among `skipped`: for good where the process died, in this epoch where it was late, as storage may have
+        been. Loading in this process knows no such limit. The thread that takes the first batch must outlive the last:
+        loader processes end with it.
 
         Args:
             start, stop: the first step, counted from 0, and the one after the last.
@@ -237,7 +238,7 @@ class Stream:
                     continue
                 deaths += sum(death.crashed for death in crew.lost)
                 for death in crew.lost:
-                    self.blamed[death.sample] = death.how
+                    self.blamed[None if death.crashed else death.epoch, death.sample] = death.how
                     _log.warning("%s: %s; its loader process is replaced", self.samples.name(death.sample), death.how)
             if deaths > MOST_DEATHS:
                 raise RuntimeError(
@@ -253,6 +254,7 @@ MOST_DEATHS = 20
 class _Death(NamedTuple):
     """A loader process that died over a sample."""
 
+    epoch: int
     sample: int
     how: str
     crashed: bool
@@ -272,9 +274,9 @@ class _Crew:
         method: StartMethod | None,
     ) -> None:
         self.stream, self.steps, self.seconds = stream, range(start, stop), seconds
-        self.desks: Tensor = torch.full((workers, 2), -1, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
+        self.desks: Tensor = torch.full((workers, 3), -1, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
         self.lost: list[_Death] = []
-        self.late: dict[int, int] = {}
+        self.late: dict[int, tuple[int, int]] = {}
         self.closed = threading.Event()
         loader: DataLoader[Any] = DataLoader(
             _Numbered(stream, self.desks),
@@ -285,10 +287,9 @@ class _Crew:
             worker_init_fn=_as_a_worker if workers else None,
             multiprocessing_context=method if workers else None,
         )
-        others, alarm = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+        alarm = signal.getsignal(signal.SIGCHLD)
         self.iterator: Any = iter(loader)
         self.workers: list[Any] = getattr(self.iterator, "_workers", [])
-        self.processes = set(multiprocessing.active_children()) - others
         if workers and threading.current_thread() is threading.main_thread():
             # torch would raise from a signal handler, in the middle of whatever goes on, when a worker dies
             signal.signal(signal.SIGCHLD, alarm or signal.SIG_DFL)
@@ -310,12 +311,13 @@ class _Crew:
     def _death(self, worker: int) -> _Death | None:
         """How a loader process died over a sample, if it did."""
         if worker in self.late:
-            return _Death(self.late[worker], f"took more than {self.seconds:g} s to load", crashed=False)
-        index, code = int(self.desks[worker, 0]), self.workers[worker].exitcode
+            return _Death(*self.late[worker], f"took more than {self.seconds:g} s to load", crashed=False)
+        index, epoch, _ = self.desks[worker].tolist()
+        code = self.workers[worker].exitcode
         if index < 0 or code is None:
             return None
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _Death(index, f"ended the process that loaded it ({how})", crashed=True)
+        return _Death(int(epoch), int(index), f"ended the process that loaded it ({how})", crashed=True)
 
     def _end_the_late(self) -> None:
         """End processes that are too long over a sample; time in which all were suspended is not held against them."""
@@ -327,7 +329,7 @@ class _Crew:
             for worker, desk in enumerate(desks):
                 spent[worker] = spent[worker] + passed if desk == before[worker] else 0.0
                 if desk[0] >= 0 and spent[worker] > self.seconds and self.workers[worker].exitcode is None:
-                    self.late[worker] = int(desk[0])
+                    self.late[worker] = int(desk[1]), int(desk[0])
                     self.workers[worker].kill()
             before = desks
 
@@ -336,9 +338,11 @@ class _Crew:
 
     def __exit__(self, *error: object) -> None:
         self.closed.set()
-        for process in self.processes:  # asked kindly, they would not hear it; one may be stuck in a file
-            process.kill()
+        for worker in self.workers:  # asked kindly, they would not hear it; one may be stuck in a file
+            worker.kill()
         if self.workers:
+            # A killed process may hold the lock of the event by which torch asks them to end, and would for ever.
+            self.iterator._workers_done_event = threading.Event()
             # An error's traceback would keep them alive, and Python waits for them before it ends.
             self.iterator._shutdown_workers()
 
@@ -370,13 +374,14 @@ class _Numbered(Dataset[Any]):
 
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Sample, Tensor | None] | UnusableFileError:
         epoch, index = pair
-        if index in self.stream.blamed:
-            return UnusableFileError(self.stream.samples.name(index), self.stream.blamed[index])
+        blamed = self.stream.blamed
+        if how := blamed.get((None, index)) or blamed.get((epoch, index)):
+            return UnusableFileError(self.stream.samples.name(index), how)
         worker = get_worker_info()
         if worker is None:
             return self._load(epoch, index)
         desk = self.desks[worker.id]
-        desk[1] = time.monotonic()
+        desk[1], desk[2] = epoch, time.monotonic()
         desk[0] = index
         try:
             return self._load(epoch, index)

@@ -182,12 +182,12 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return any(one.default is one.empty and one.kind not in variable for one in parameters)
 
 
-def _parse(name: str, run: Pretrain, about: str, arguments: list[str]) -> tuple[Launch, Slurm, Pretrain, Path | None]:
+def _parse(name: str, run: Pretrain, about: str, arguments: list[str]) -> tuple[Launch, Slurm, Pretrain, str | None]:
     """Read the flags; tyro prints help and mistakes and ends the program."""
     import tyro
 
     about_data = f"where the data are. (default: ${DATA}, else the recipe's own, else the demo set)"
-    data = Annotated[Path | None, _flag("data", Path | None, None, about_data)]
+    data = Annotated[str | None, _flag("data", Path | None, None, about_data)]
     groups = [
         ("launch", _options(Launch(recipe=name))),
         ("slurm", _options(Slurm())),
@@ -232,7 +232,7 @@ def _flag(name: str, hint: Any, value: object, about: str | None = None) -> Any:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _with_data(run: Pretrain, given: Path | None) -> Pretrain:
+def _with_data(run: Pretrain, given: str | None) -> Pretrain:
     """The run on the data of --data, $CONVMAE_DATA or the recipe, in this order, saying which."""
     source: Any = run.data
     fields = [field.name for field in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -246,7 +246,14 @@ def _with_data(run: Pretrain, given: Path | None) -> Pretrain:
         return run
     flag = f"--data {given}" if given is not None else f"${DATA}={variable}"
     if given is not None or variable:
-        root = Path(given or variable or "").expanduser().absolute()
+        text = given if given is not None else variable or ""
+        if "://" in text or "{" in text:  # a URL, or a pattern of names
+            if str not in typing.get_args(typing.get_type_hints(type(source)).get("root")):
+                there = "are read from a disk: for shards, take a recipe whose data are VideoShards or ImageShards"
+                raise LaunchError(f"{flag}: the recipe's data, {type(source).__name__}, {there}")
+            say("data", text if given is not None else f"{text}, from ${DATA}")
+            return replace(run, data=replace(source, root=text))
+        root = Path(text).expanduser().absolute()
         if not root.exists():
             raise LaunchError(f"{flag}: there is no {root}")
         say("data", root if given is not None else f"{root}, from ${DATA}")

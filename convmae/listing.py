@@ -106,7 +106,10 @@ def listing(root: Path, suffixes: Set[str], *, frames: Set[str] = frozenset()) -
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"root={str(root)!r} is not a folder")
-    files = tuple(_walk(str(root), "", suffixes, frames, ()))
+    try:
+        files = tuple(_walk(str(root), "", suffixes, frames, ()))
+    except OSError as problem:
+        raise ValueError(f"root={str(root)!r} cannot be listed: {problem}") from problem
     if not files:
         or_frames = ", and no folder of frames" if frames else ""
         raise ValueError(f"root={str(root)!r} holds no file ending in {' '.join(sorted(suffixes))}{or_frames}")

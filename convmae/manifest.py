@@ -35,6 +35,7 @@ class Entry:
         intact: the longest run of undamaged frames, first and stop; `(0, frames)` where all are.
         reader: the reader that gives all frames as they are; empty: the one that is asked first.
         codec: how the frames are encoded.
+        quick: whether only some frames were looked at.
     """
 
     file: str
@@ -50,6 +51,7 @@ class Entry:
     intact: tuple[int, int] = (0, 0)
     reader: str = ""
     codec: str = ""
+    quick: bool = False
 
     @property
     def partly(self) -> bool:

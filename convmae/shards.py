@@ -337,10 +337,10 @@ def _listed(place: Place) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _known(place: Place, where: str) -> Index:
+def _known(place: Place, where: str, root: str) -> Index:
     """The index of the shards that are meant, and of no others."""
     index = load_index(where)
-    command = f"`python -m convmae.shards '{place.folder if place.names is None else place.path(place.names[0])}'`"
+    command = f"`python -m convmae.shards '{root}'`"
     if place.remote:
         _filesystem(place.folder)
         if index is None:
@@ -505,7 +505,8 @@ class Shards:
             if number < 1:
                 raise ValueError(f"{name}={number} is below 1")
         place = Place.of(self.root)
-        index = _known(place, place.path(INDEX) if self.index is None else os.fspath(self.index))
+        where = place.path(INDEX) if self.index is None else os.fspath(self.index)
+        index = _known(place, where, os.fspath(self.root))
         largest = max(shard.bytes for shard in index.shards.values())
         if place.remote and self.cache_gb * 1e9 < largest:
             raise ValueError(f"cache_gb={self.cache_gb} is too little for a shard of {largest / 1e9:.3g} GB")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from convmae.augmentation import Flip
 from video.clips import Segments
 from video.datasets import HMDB51, UCF101, Kinetics, SomethingSomething
 from video.demo import encode
@@ -56,6 +57,8 @@ def test_kinetics_without_a_csv_takes_folders_of_classes(tmp_path: Path) -> None
     touch(tmp_path, "val/swim/a.mp4", "train/run/b.mp4", "train/swim/c.mp4")
     found = Kinetics(root=tmp_path).listing()
     assert (list(found.files), found.classes) == (["train/run/b.mp4", "train/swim/c.mp4"], ("run", "swim"))
+    part = Kinetics(root=tmp_path, split="val").listing()
+    assert (part.classes, part.labels.tolist()) == (("run", "swim"), [1])  # numbered alike in all splits
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,8 @@ def test_something_something_may_be_folders_of_frames_and_is_never_flipped(tmp_p
     assert SomethingSomething(root=tmp_path).sampling == Segments()
     with pytest.raises(ValueError, match="left and right tell its classes apart"):
         SomethingSomething(root=tmp_path, flip=True)
+    with pytest.raises(ValueError, match="left and right tell its classes apart"):
+        SomethingSomething(root=tmp_path, augment=(Flip(),))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +189,8 @@ def test_ucf101_follows_its_splits(tmp_path: Path, lists: str, videos: str) -> N
     found = UCF101(root=tmp_path, split=2).listing()
     assert found.files[0] == str(Path(videos) / "Archery/v_Archery_g08_c01.avi")
     assert (found.labels.tolist(), found.classes) == ([1, 0], ("ApplyEyeMakeup", "Archery"))
+    (tmp_path / found.files[0]).rename((tmp_path / found.files[0]).with_suffix(".mp4"))
+    assert UCF101(root=tmp_path, split=2).listing().files[0] == found.files[0].replace(".avi", ".mp4")  # prepared
     assert UCF101(root=tmp_path, split=2, train=False).listing().labels.tolist() == [1]
     with pytest.raises(ValueError, match=r"holds no trainlist01\.txt"):
         UCF101(root=tmp_path).listing()

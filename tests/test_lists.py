@@ -36,6 +36,8 @@ def read(folder: Path, text: str | bytes) -> Listing:
         ("a.mp4\nb c.mp4\n/d/e.webm\n", ["a.mp4", "b c.mp4", "/d/e.webm"], [UNLABELLED] * 3),
         ("a.mp4 -1\nb.mp4 0\n", ["a.mp4", "b.mp4"], [UNLABELLED, 0]),
         ("größe/ä.mp4 1\n", ["größe/ä.mp4"], [1]),
+        ('"b c.mp4" 1\n"a.mp4" 0\n', ["b c.mp4", "a.mp4"], [1, 0]),
+        ("video_path,label_id\na.mp4,1\n#20 Rules.avi,0\n", ["a.mp4", "#20 Rules.avi"], [1, 0]),
         ("a,b.mp4 3\nc, d.mp4 1\n", ["a,b.mp4", "c, d.mp4"], [3, 1]),
         ("a,b.mp4\t3\nc,d.mp4\t1\n", ["a,b.mp4", "c,d.mp4"], [3, 1]),
         ("path label\na.mp4 1\n", ["a.mp4"], [1]),
@@ -46,6 +48,7 @@ def read(folder: Path, text: str | bytes) -> Listing:
     ],
     ids=[
         *("space", "comma", "quoted", "tab", "header", "mark", "frames", "frames,", "paths", "none", "letters"),
+        *("quoted path", "not a remark"),
         *("comma in path", "comma in path, tab", "header of one", "VideoMAE", "dot", "two endings", "line separator"),
     ],
 )
@@ -54,6 +57,12 @@ def test_a_list_gives_paths_and_labels(tmp_path: Path, text: str, files: list[st
     assert list(found.files) == files
     assert found.labels.tolist() == labels
     assert len(found.classes) == max(labels) + 1
+
+
+def test_a_class_may_be_a_quoted_sentence(tmp_path: Path) -> None:
+    found = read(tmp_path, 'clip,label\n1.webm,"Lifting something up, then letting it drop"\n2.webm,Poking\n')
+    assert found.classes == ("Lifting something up, then letting it drop", "Poking")
+    assert list(found.files) == ["1.webm", "2.webm"]
 
 
 @pytest.mark.parametrize("text", ["x.mp4 swim\ny.mp4 run\nz.mp4 swim\n", "x.mp4,swim\ny.mp4,run\nz.mp4,swim\n"])
@@ -85,6 +94,11 @@ def test_classes_by_name_are_numbered_in_sorted_order(tmp_path: Path, text: str)
         ("a.mp4 --3\nb.mp4 1\n", r"unlike here:\n  line 1: 'a.mp4 --3'"),
         ("a.mp4 1\nb.mp4 5000000000\n", r"numbers of classes, below 1000000:\n  line 2"),
         ("a.mp4 1\nb.mp4 2\na.mp4 1\n", r"listed once.*:\n  line 3: 'a.mp4 1'"),
+        (
+            "clip_name,clip_path,label\nv,/train/A/v.avi,A\n",
+            "has the columns clip_name,clip_path,label: keep path,label",
+        ),
+        ("a.mp4;3\nb.mp4;0\n", r"line 1: 'a.mp4;3'"),
         (b"\xff\xd8\xff\xe0 1\n", "it is not text"),
         (b"a\x00b 1\n", "zero bytes"),
     ],

@@ -239,6 +239,12 @@ def test_a_folder_of_frames_that_is_damaged_says_so(tmp_path: Path) -> None:
     assert readers.read(tmp_path, at(0, 1)).shape == (2, 24, 32, 3)
     with pytest.raises(UnusableFileError, match=r"its frame 2\.png is of another size: \(32, 32\), not \(24, 32\)"):
         readers.read(tmp_path, at(0, 2))
+    (tmp_path / "._0.png").write_bytes(b"what another system leaves")
+    assert readers.read(tmp_path, at(0, 1)).shape == (2, 24, 32, 3)
+    (tmp_path / "flow_x_1.png").touch()
+    with pytest.raises(UnusableFileError, match=r"pictures of several kinds, not of one video: #\.png, flow_x_#\.png"):
+        readers.read(tmp_path, at(0))
+    (tmp_path / "flow_x_1.png").unlink()
     (tmp_path / "1.png").write_bytes(b"")
     with pytest.raises(UnusableFileError, match=r"1\.png: empty file"):
         readers.read(tmp_path, at(0, 1))
@@ -282,7 +288,7 @@ def test_a_picture_is_not_a_video(tmp_path: Path, reader: Choice) -> None:
 
 
 def test_a_reader_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reader='opencv' is not installed; here are auto, .*pyav"):
+    with pytest.raises(ValueError, match=r"reader='opencv' is not known or not installed; there are auto, .*pyav"):
         readers.read(tmp_path, at(0), reader="opencv")  # type: ignore[arg-type]
 
 

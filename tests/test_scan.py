@@ -114,6 +114,14 @@ def test_a_quick_look_finds_what_is_cut_short_but_not_what_is_damaged_in_between
     assert examine(str(MEDIA / "bad" / "corrupt_middle.mp4"), quick=True).intact == (0, 250)
 
 
+def test_a_quick_look_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    assert scan(tmp_path, workers=1, quick=True).looked_at == 1
+    assert scan(tmp_path, workers=1, quick=True).looked_at == 0
+    assert scan(tmp_path, workers=1).looked_at == 1
+    assert scan(tmp_path, workers=1, quick=True).looked_at == 0
+
+
 def test_folders_of_frames_and_images_are_looked_at_too(tmp_path: Path) -> None:
     for number in range(6):
         for folder in ("whole", "part"):

@@ -191,7 +191,8 @@ def test_a_sample_that_takes_its_process_with_it_is_skipped_and_nothing_else(
     loaded = taken(stream, 0, 8, workers=2, seconds=1.0)
     skipped = [problem for step in loaded for batch in step for problem in batch.skipped]
     assert [(problem.name, problem.reason) for problem in skipped] == [("number 5", said)] * 2  # once an epoch
-    assert len([message for message in caplog.messages if "number 5" in message]) == 1  # met once, then remembered
+    met = len([message for message in caplog.messages if "number 5" in message])
+    assert met == (2 if samples.hangs else 1)  # a crash is remembered; what is late may have other reasons
     sound = taken(Stream(Numbered(12), (2, 2), seed=0, batch_size=3, draw_mask=random_mask), 0, 8)
     assert labels(loaded) == [label for label in labels(sound) if label != 5]
     for [one], [other] in zip(loaded, sound, strict=True):

@@ -199,6 +199,9 @@ def test_a_manifest_leaves_out_what_is_unusable_and_keeps_to_what_is_intact(
     seen = {n for seed in range(30) for n in numbers(samples.load(0, seeded(seed)).pixels.transpose(0, 1).numpy())}
     assert seen == set(range(12, 20))
     assert samples.load(0, seeded()).label == samples.load(2, seeded()).label == 1
+    manifest.beside(tmp_path).rename(tmp_path / "m")
+    manifest.write(tmp_path / "b" / manifest.NAME, [manifest.Entry(file="3.mp4", usable=False, reason="bad", **known)])
+    assert len(Videos(root=tmp_path).open((4, 32, 32))) == 3  # a folder below was scanned by itself
     elsewhere = tmp_path / "b" / "manifest.of.a"
     with pytest.raises(ValueError, match=r"manifest\.of\.a' is not there"):
         Videos(root=tmp_path, manifest=elsewhere).open((4, 32, 32))
@@ -215,5 +218,5 @@ def test_wrong_sizes_strides_and_roots_are_clear_errors(tmp_path: Path) -> None:
         Videos(root=tmp_path).open((32, 32))
     with pytest.raises(ValueError, match="repeats=0"):
         Videos(root=tmp_path, repeats=0).open((8, 32, 32))
-    with pytest.raises(ValueError, match="reader='other' is not installed"):
+    with pytest.raises(ValueError, match="reader='other' is not known"):
         Videos(root=tmp_path, reader="other").open((8, 32, 32))  # type: ignore[arg-type]

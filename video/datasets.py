@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from convmae.augmentation import Flip
 from convmae.data import UNLABELLED
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import Listing, listing
@@ -47,7 +48,9 @@ class Kinetics(Videos):
         found = listing(base / inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
         files = [os.path.join(inside, name) for name in found.files]
         if self.annotations is None:
-            return Listing.of(files, found.labels.tolist(), found.classes)
+            splits = [base / name for name in {*_SPLITS, self.split} if (base / name).is_dir()] if inside else []
+            folders = [entry for split in splits for entry in split.iterdir() if entry.is_dir()]
+            return _numbered(files, found, {folder.name for folder in folders})
         rows, classes = _kinetics_rows(self.annotations, self.split)
         place = {name: number for number, name in enumerate(classes)}
         there = {Path(name).stem: name for name in files}
@@ -58,6 +61,22 @@ class Kinetics(Videos):
         if len(named) < len(rows):
             log.warning("%d of %d videos of %s are not there", len(rows) - len(named), len(rows), self.annotations)
         return Listing.of([name for name, _ in named], [label for _, label in named], classes)
+
+
+def _numbered(files: list[str], found: Listing, classes: set[str]) -> Listing:
+    """The files with classes numbered over all splits, so that they have the same numbers in each."""
+    wide = sorted({*found.classes, *(name for name in classes if not name.startswith("."))})
+    labels = [label if label == UNLABELLED else wide.index(found.classes[label]) for label in found.labels.tolist()]
+    return Listing.of(files, labels, wide)
+
+
+def _as_found(folder: Path, names: Sequence[str]) -> list[str]:
+    """The names with the ending that the first of them has on the disk: prepared videos end in mp4."""
+    first = folder / names[0]
+    endings = [ending for ending in sorted(VIDEO_SUFFIXES) if first.with_suffix(ending).is_file()]
+    if first.exists() or not endings:
+        return list(names)
+    return [str(Path(name).with_suffix(endings[0])) for name in names]
 
 
 _SPLITS = ("train", "val", "validate", "validation", "test")
@@ -105,7 +124,7 @@ class SomethingSomething(Videos):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.flip:
+        if self.flip or any(isinstance(augment, Flip) for augment in self.augment):
             raise ValueError("SomethingSomething(flip=True): left and right tell its classes apart")
 
     def listing(self) -> Listing:
@@ -131,8 +150,8 @@ class SomethingSomething(Videos):
             raise ValueError(complaint(self._annotation(self.split), wrong, expected))
         inside = _first(base, ("20bn-something-something-v2", ""))
         suffix = "" if (inside / str(rows[0]["id"])).is_dir() else ".webm"
-        files = [str((inside / f"{row['id']}{suffix}").relative_to(base)) for row in rows]
-        return Listing.of(files, labels, classes)
+        names = _as_found(inside, [f"{row['id']}{suffix}" for row in rows])
+        return Listing.of([str((inside / name).relative_to(base)) for name in names], labels, classes)
 
     def _annotation(self, what: str) -> Path:
         names = (f"something-something-v2-{what}.json", f"labels/{what}.json", f"{what}.json")
@@ -167,7 +186,7 @@ class UCF101(Videos):
         if wrong:
             raise ValueError(complaint(path, wrong, "expected CLASS/FILE, of a class of classInd.txt"))
         inside = _first(base, ("UCF-101", "UCF101", "videos", ""))
-        files = [str((inside / name).relative_to(base)) for _, name in rows]
+        files = [str((inside / name).relative_to(base)) for name in _as_found(inside, [name for _, name in rows])]
         return Listing.of(files, [classes.index(name.partition("/")[0]) for _, name in rows], classes)
 
 
@@ -196,11 +215,12 @@ class HMDB51(Videos):
             if wrong := [(number, " ".join(fields)) for number, fields in rows if fields[1] not in ("0", "1", "2")]:
                 raise ValueError(complaint(path, wrong, "expected FILE.avi and 0, 1 or 2"))
             names = [fields[0] for _, fields in rows if fields[1] == ("1" if self.train else "2")]
-            files += [str((inside / classes[label] / name).relative_to(base)) for name in names]
+            files += [f"{classes[label]}/{name}" for name in names]
             labels += [label] * len(names)
         if not files:
             raise ValueError(f"the lists in {folder} name no video of this part of split {self.split}")
-        return Listing.of(files, labels, classes)
+        names = [str((inside / name).relative_to(base)) for name in _as_found(inside, files)]
+        return Listing.of(names, labels, classes)
 
 
 def _folder(source: Videos) -> Path:

@@ -37,7 +37,7 @@ def examine(path: str, *, name: str | None = None, quick: bool = False) -> Entry
             short or cannot be opened, but not what is damaged in between.
     """
     status = os.stat(path)
-    found = Entry(file=name or path, bytes=status.st_size, modified=status.st_mtime, usable=False)
+    found = Entry(file=name or path, bytes=status.st_size, modified=status.st_mtime, usable=False, quick=quick)
     try:
         return _of_folder(path, found) if os.path.isdir(path) else _of_file(path, found, quick)
     except UnusableFileError as problem:

@@ -35,6 +35,8 @@ def read_list(path: Path) -> Listing:
     """
     lines = _lines(path)
     if _HEADER.fullmatch(lines[0][1]):
+        if lines[0][1].count(",") > 1 and not re.search("frames|count", lines[0][1]):
+            raise ValueError(f"{path} has the columns {lines[0][1]}: keep path,label alone")
         lines = lines[1:]
     if not lines:
         raise ValueError(f"{path} lists no video")
@@ -71,7 +73,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     if "\0" in text:
         raise ValueError(f"{path} is not a list of videos: it holds zero bytes")
     found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
-    found = [(number, line) for number, line in found if line and not line.startswith("#")]
+    found = [(number, line) for number, line in found if line and (line[0] != "#" or _ENDING.search(line))]
     if not found:
         raise ValueError(f"{path} lists no video: it is empty")
     return found
@@ -92,8 +94,8 @@ def _layout(lines: Sequence[str]) -> tuple[Callable[[str], Row], str]:
 
 _KINDS = ((",", "`path,label`"), ("\t", "`path`, a tab, `label`"), (" ", "`path label`"))
 _ENDINGS = frozenset((".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"))
-_HEADER = re.compile(r"(path|video|file|filename)([\s,]+\w+)?[\s,]+(label|class)", re.IGNORECASE)
-_ENDING = re.compile(rf"({'|'.join(map(re.escape, sorted(_ENDINGS)))})(?=[\s,]|$)", re.IGNORECASE)
+_HEADER = re.compile(r"\w*(path|video|file|clip|name)\w*([\s,]+\w+)*[\s,]+\w*(label|class|target)\w*", re.IGNORECASE)
+_ENDING = re.compile(rf"({'|'.join(map(re.escape, sorted(_ENDINGS)))})(?=[\s,;|]|$)", re.IGNORECASE)
 _NUMBER = re.compile("-?[0-9]+")
 
 
@@ -110,11 +112,12 @@ def _is_sure(name: str, label: str | None) -> bool:
 
 
 def _split(line: str, mark: str) -> Row:
-    if mark == "," and line.startswith('"'):
+    if mark == "," and '"' in line:
         fields = next(csv.reader([line], skipinitialspace=True))
         return ",".join(fields[:-1]), fields[-1].strip()
     name, _, label = line.rpartition(mark)
-    return name.strip(), label.strip()
+    name = name.strip()
+    return name[1:-1] if len(name) > 1 and name[0] == name[-1] == '"' else name, label.strip()
 
 
 def _split_off_count(line: str, mark: str) -> Row:

@@ -79,7 +79,8 @@ def scan(
     path = path or manifest.beside(root)
     with _held(path) as descriptor:
         known = {} if again else manifest.load(path)
-        entries = {name: known[name] for name in names if name in known and _unchanged(known[name], base)}
+        sound = {name: entry for name, entry in known.items() if quick or not entry.quick}
+        entries = {name: sound[name] for name in names if name in sound and _unchanged(sound[name], base)}
         missing = [name for name in names if name not in entries]
         if shown is not None:
             shown.begin(len(names), before=len(entries))

@@ -53,9 +53,10 @@ def decode(samples: VideoSamples, order: Iterable[int], seed: int = 0) -> Rate:
     short_side, clips = source.crop.short_side((side[0], side[1])), 0
     began, cpu = time.perf_counter(), time.process_time()
     for index in order:
-        choose = source.choosing(frames, generator(seed, index))
+        intact, reader = samples.known(index)
+        choose = source.choosing(frames, generator(seed, index), intact)
         try:
-            readers.read(samples.name(index), choose, short_side=short_side, reader=source.reader)
+            readers.read(samples.name(index), choose, short_side=short_side, reader=reader)
         except UnusableFileError:
             continue
         clips += source.repeats

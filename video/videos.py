@@ -19,9 +19,11 @@ from convmae.augmentation import Augment
 from convmae.data import Packed, Sample
 from convmae.images import IMAGE_SUFFIXES, Crop
 from convmae.listing import Listing, listing
+from convmae.manifest import Entry
 from video import lists, readers
 from video.clips import Dense, MultiScaleCrop, Sampling, many
 from video.demo import make
+from video.readers.protocol import RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,8 @@ class Clips:
         def choose(track: readers.Track) -> list[int]:
             first, stop = intact or (0, track.frames)
             stop = min(stop, track.frames)
-            if stop - first < 2:
-                first, stop = 0, track.frames
+            if stop <= first:
+                raise RefusedError("it has fewer frames than the manifest says: scan it again")
             again, part = torch.Generator().manual_seed(seed), track._replace(frames=stop - first)
             clips = many(self.sampling, part, frames, self.repeats, again)
             return [first + index for clip in clips for index in clip]
@@ -137,7 +139,12 @@ class Videos(Clips):
             if not self.root.is_file():
                 raise ValueError(f"root={str(self.root)!r} is not a folder of videos, nor a list of them")
             return lists.read_list(self.root)
-        return listing(self.base, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+        try:
+            return listing(self.base, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+        except ValueError as problem:
+            if any(self.base.glob("*.tar")):
+                raise ValueError(f"{problem}; for its .tar files, give a recipe video.shards.VideoShards") from problem
+            raise
 
     @property
     def base(self) -> Path:
@@ -154,15 +161,28 @@ class Videos(Clips):
         """
         self.check(size)
         found = self.listing()
-        path = self.manifest or (None if self.root is None else manifest.beside(self.root))
-        if self.manifest is not None and not self.manifest.is_file():
-            raise ValueError(f"manifest={str(self.manifest)!r} is not there: `python -m video.scan` writes one")
-        entries = manifest.load(path) if path is not None and path.is_file() else {}
-        return _without_unusable(self, size, found, entries)
+        return _without_unusable(self, size, found, self._entries(found))
+
+    def _entries(self, found: Listing) -> dict[str, Entry]:
+        """What manifests know: the one that is named, or those beside the root and in the folders right below it."""
+        if self.manifest is not None:
+            if not self.manifest.is_file():
+                raise ValueError(f"manifest={str(self.manifest)!r} is not there: `python -m video.scan` writes one")
+            return manifest.load(self.manifest)
+        if self.root is None:
+            return {}
+        entries: dict[str, Entry] = {}
+        below = {name.partition(os.sep)[0] for name in found.files if os.sep in name} if self.root.is_dir() else set()
+        for inside in sorted(below):
+            if (path := self.base / inside / manifest.NAME).is_file():
+                entries |= {os.path.join(inside, name): entry for name, entry in manifest.load(path).items()}
+        if (path := manifest.beside(self.root)).is_file():
+            entries |= manifest.load(path)
+        return entries
 
 
 def _without_unusable(
-    source: Videos, size: tuple[int, ...], found: Listing, entries: Mapping[str, manifest.Entry]
+    source: Videos, size: tuple[int, ...], found: Listing, entries: Mapping[str, Entry]
 ) -> VideoSamples:
     """The samples that the manifest does not call unusable, and what it knows of them."""
     kept, intact, by_pyav, reasons = [], [], [], Counter[str]()
@@ -232,11 +252,14 @@ class VideoSamples:
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
         """Load one or more random clips of a video; see `Clips.load`."""
+        intact, reader = self.known(index)
+        pixels = self.source.load(self.name(index), self.size, generator, intact=intact, reader=reader)
+        return Sample(pixels, int(self.listing.labels[index]))
+
+    def known(self, index: int) -> tuple[tuple[int, int] | None, readers.Choice]:
+        """The intact frames of a video, first and stop, where a manifest tells them; and the reader it needs."""
         intact = None
         if self.intact is not None and self.intact[index, 1] > 0:
             intact = (int(self.intact[index, 0]), int(self.intact[index, 1]))
         by_pyav = self.by_pyav is not None and bool(self.by_pyav[index])
-        pixels = self.source.load(
-            self.name(index), self.size, generator, intact=intact, reader="pyav" if by_pyav else None
-        )
-        return Sample(pixels, int(self.listing.labels[index]))
+        return intact, "pyav" if by_pyav else self.source.reader

@@ -75,7 +75,7 @@ def readers(choice: Choice = "auto") -> list[Reader]:
     """
     there = installed()
     if choice not in ("auto", *there):
-        raise ValueError(f"reader={choice!r} is not installed; here are {', '.join(['auto', *there])}")
+        raise ValueError(f"reader={choice!r} is not known or not installed; there are {', '.join(['auto', *there])}")
     in_turn: list[Reader] = [PyAV()]
     if choice == "torchcodec":
         in_turn.insert(0, TorchCodec())

@@ -27,12 +27,15 @@ class FrameFolder:
         """List the pictures, and look into the first; raises `UnusableFileError` where there is none."""
         if not isinstance(video, str):
             raise RefusedError("a folder is no file")
-        names = sorted(
-            (entry for entry in os.listdir(video) if Path(entry).suffix.lower() in images.IMAGE_SUFFIXES),
-            key=_by_number,
-        )
+        pictures = (name for name in os.listdir(video) if Path(name).suffix.lower() in images.IMAGE_SUFFIXES)
+        names = sorted((name for name in pictures if not name.startswith(".")), key=_by_number)
         if not names:
             raise UnusableFileError(video, "a folder without frames: no picture in it")
+        kinds = sorted({re.sub(r"\d+", "#", name) for name in names})
+        if len(kinds) > 1:
+            raise UnusableFileError(
+                video, f"a folder of pictures of several kinds, not of one video: {', '.join(kinds[:3])}"
+            )
         height, width = images.read(os.path.join(video, names[0])).shape[-2:]
         yield Opened(video, names, Track(len(names), 0.0, height, width))
 

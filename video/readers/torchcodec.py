@@ -33,7 +33,8 @@ class TorchCodec:
         source = video.data if isinstance(video, Packed) else video
         decoder = module()(source, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
         about = decoder.metadata
-        yield Opened(decoder, Track(about.num_frames, float(about.average_fps or 0), about.height, about.width))
+        fps = float(about.average_fps_from_header or about.average_fps or 0)  # as the other readers have it
+        yield Opened(decoder, Track(about.num_frames, fps, about.height, about.width))
 
 
 class Opened(NamedTuple):
