@@ -33,7 +33,8 @@ class TorchCodec:
         source = video.data if isinstance(video, Packed) else video
         decoder = module()(source, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
         about = decoder.metadata
-        fps = float(about.average_fps_from_header or about.average_fps or 0)  # as the other readers have it
+        seconds = about.duration_seconds_from_header  # the other readers' rates are those of headers, too
+        fps = about.num_frames / seconds if seconds else float(about.average_fps or 0)
         yield Opened(decoder, Track(about.num_frames, fps, about.height, about.width))
 
 
