@@ -134,10 +134,16 @@ def rates(samples: VideoSamples, clips: int, rounds: int) -> dict[str, list[Rate
     measured: dict[str, list[Rate]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         order = [usable[index % len(usable)] for index in range(clips)]
-        for name, side in sides.items():
-            rate = side(order, number)
-            if number:  # the first warms the disk's cache and the allocator
-                measured[name].append(rate)
+        # clip by clip in turn, as a machine's speed drifts; a loader process, which takes time to start, once a round
+        taken: dict[str, list[Rate]] = {name: [] for name in sides}
+        for index in order:
+            for name in sides:
+                if name != "loader":
+                    taken[name].append(sides[name]([index], number))
+        taken["loader"].append(sides["loader"](order, number))
+        if number:  # the first warms the disk's cache and the allocator
+            for name, parts in taken.items():
+                measured[name].append(Rate(*(sum(part) for part in zip(*parts, strict=True))))
     return measured
 
 

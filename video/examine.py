@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import av
 import av.logging
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -17,6 +19,7 @@ from convmae import images
 from convmae.data import UnusableFileError
 from convmae.manifest import Entry
 from video import readers
+from video.readers.protocol import one_line
 from video.readers.pyav import Index as PacketIndex
 
 _SHORTER = 0.05  # of its duration that a stream may lack without being called cut short
@@ -42,6 +45,8 @@ def examine(path: str, *, name: str | None = None, quick: bool = False) -> Entry
         return _of_folder(path, found) if os.path.isdir(path) else _of_file(path, found, quick)
     except UnusableFileError as problem:
         return replace(found, reason=problem.reason)
+    except Exception as problem:  # decoders raise almost anything on damaged data, and one file must not end a scan
+        return replace(found, reason=f"cannot be read ({one_line(problem)})")
 
 
 def examine_image(path: str, *, name: str | None = None, quick: bool = False) -> Entry:
@@ -71,16 +76,40 @@ def _of_folder(path: str, found: Entry) -> Entry:
 
 
 def _of_file(path: str, found: Entry, quick: bool) -> Entry:
-    at_ends = readers.read(path, _ends)  # raises what training would meet
-    found = replace(found, height=at_ends.shape[1], width=at_ends.shape[2])
-    decoded, promised, exact = _Decoded(), 0.0, False
+    tracks: list[readers.Track] = []
+
+    def ends(track: readers.Track) -> Sequence[int]:
+        tracks.append(track)
+        return _three(0, track.frames)
+
+    trouble, shape = None, (0, 0, 0, 0)
+    try:
+        shape = readers.read(path, ends).shape
+    except UnusableFileError as problem:  # what training would meet without a manifest
+        if quick or not tracks:
+            raise
+        trouble = problem  # damaged at its beginning, perhaps not all of it
+    decoded = _Decoded()
+    found = _looked_through(path, found, quick, decoded)
+    wrong = decoded.damaged or decoded.notes
+    sound = _as_readers_count(path, decoded) if wrong and not quick else decoded.sound
+    found = _judged(replace(found, reason=_reason(sound, decoded)), sound)
+    if trouble is not None:
+        if not found.usable:
+            raise trouble
+        shape = readers.read(path, lambda track: _three(*found.intact)).shape
+    found = replace(found, height=shape[1], width=shape[2])
+    return found if quick or not found.usable else replace(found, reader=_reader(path, found))
+
+
+def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> Entry:
+    """Decode the file, or count its packets, and note where it is cut short or breaks off."""
+    promised, exact = 0.0, False
     av.logging.set_level(av.logging.WARNING)
     with av.logging.Capture() as said:
         try:
-            with av.open(path, "r") as container:
-                stream = container.streams.best("video")
-                assert isinstance(stream, VideoStream)
-                stream.codec_context.thread_count = 1
+            with _container(path) as container:
+                stream = _best(container)
                 fps = float(stream.average_rate or stream.guessed_rate or 0)
                 found = replace(found, codec=stream.codec_context.name, fps=round(fps, 4))
                 if quick:
@@ -90,18 +119,30 @@ def _of_file(path: str, found: Entry, quick: bool) -> Entry:
                     decoded.decode(container, stream)
                 promised, exact = _promised(container, stream), stream.duration is not None
         except Exception as problem:  # of whatever kind decoders have
-            decoded.damage(f"cannot be read on ({' '.join(str(problem).split())[:100]})")
+            decoded.damage()
+            decoded.notes.append(f"cannot be read on ({one_line(problem)[:100]})")
     av.logging.set_level(None)
     lacking = decoded.seconds < (1 - _SHORTER) * promised - 0.5
     if any(_CUT in message for *_, message in said) or (lacking and exact):
         decoded.notes.append(f"cut short: it ends after {decoded.seconds:.1f} of {promised:.1f} s")
-    found = replace(found, reason="; ".join(dict.fromkeys(decoded.notes)), seconds=round(decoded.seconds, 3))
-    found = _judged(found, _as_readers_count(path, decoded) if decoded.notes and not quick else decoded.sound)
-    return found if quick or not found.usable else replace(found, reader=_reader(path, found))
+    return replace(found, seconds=round(decoded.seconds, 3))
 
 
-def _ends(track: readers.Track) -> Sequence[int]:
-    return [0, track.frames // 2, track.frames - 1]
+def _container(path: str) -> InputContainer:
+    """The file; a title that is not in UTF-8 is no damage."""
+    return av.open(path, "r", metadata_errors="replace")
+
+
+def _best(container: InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    assert isinstance(stream, VideoStream)
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _three(first: int, stop: int) -> list[int]:
+    """The first frame, one in the middle, and the last."""
+    return [first, (first + stop) // 2, stop - 1]
 
 
 def _promised(container: InputContainer, stream: VideoStream) -> float:
@@ -121,7 +162,11 @@ class _Decoded:
     first: float | None = None
     last: float = 0.0
     rate: float = 0.0
+    damaged: bool = False
     broken: bool = False
+    """Whether frames now come after damage and before frames begin anew."""
+    anew: int | None = None
+    """When the frame is shown that begins anew."""
 
     @property
     def seconds(self) -> float:
@@ -130,22 +175,27 @@ class _Decoded:
             return 0.0
         return self.last - self.first + (1 / self.rate if self.rate else 0.0)
 
-    def damage(self, note: str) -> None:
+    def damage(self) -> None:
         """Frames from here on cannot be trusted."""
-        self.notes.append(note)
-        self.broken = True
+        self.damaged = self.broken = True
+        self.anew = None
 
     def decode(self, container: InputContainer, stream: VideoStream) -> None:
         """Decode all packets, whatever becomes of single ones."""
         self.rate = float(stream.average_rate or 0)
         for packet in container.demux(stream):
-            if packet.is_corrupt:
-                self.damage(f"damaged from frame {len(self.sound)} on")
+            self._at(packet)
             try:
-                for frame in packet.decode():
-                    self._take(frame)
+                frames = packet.decode()
             except av.error.FFmpegError:
-                self.damage(f"damaged from frame {len(self.sound)} on")
+                self.damage()
+                continue
+            if packet.is_corrupt:
+                self.damage()
+            elif packet.is_keyframe:
+                self.anew = packet.pts
+            for frame in frames:
+                self._take(frame)
 
     def count(self, container: InputContainer, stream: VideoStream) -> None:
         """Count packets, as if each were a sound frame."""
@@ -153,19 +203,23 @@ class _Decoded:
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 self.sound.append(not packet.is_corrupt)
-                self._at(None if packet.pts is None else float(packet.pts * packet.time_base))
+                self._at(packet)
 
     def _take(self, frame: VideoFrame) -> None:
-        if frame.key_frame and not frame.is_corrupt:
+        # Frames come later than their packets: a key frame that was decoded before the damage does not end it.
+        if frame.is_corrupt:
+            self.damaged = self.broken = True
+        elif frame.key_frame and frame.pts is not None and frame.pts == self.anew:
             self.broken = False
-        if frame.is_corrupt and not self.broken:
-            self.damage(f"damaged from frame {len(self.sound)} on")
         self.sound.append(not self.broken)
         self.times.append(frame.pts)
-        self._at(frame.time)
+        self._at(frame)
 
-    def _at(self, time: float | None) -> None:
-        if time is not None:
+    def _at(self, shown: Packet[VideoStream] | VideoFrame) -> None:
+        """Note when it is shown, of packets too, as damage is no gap in time."""
+        discarded = isinstance(shown, Packet) and shown.is_discard
+        if shown.pts is not None and shown.time_base is not None and not discarded:
+            time = float(shown.pts * shown.time_base)
             self.first = time if self.first is None else min(self.first, time)
             self.last = max(self.last, time)
 
@@ -173,17 +227,30 @@ class _Decoded:
 def _as_readers_count(path: str, decoded: _Decoded) -> list[bool]:
     """Of each frame that packets promise whether it is sound: a frame that cannot be decoded has an index, too.
 
-    Where packets have no times, readers count what they decode, and come to the first damage, no further.
+    Where packets have no times, or cannot be read to the end, readers count what they decode, and come to the first
+    damage, no further.
     """
-    with av.open(path, "r") as container:
-        stream = container.streams.best("video")
-        assert isinstance(stream, VideoStream)
-        times = PacketIndex.of(container, stream).times
+    try:
+        with _container(path) as container:
+            times = PacketIndex.of(container, _best(container)).times
+    except Exception:  # of whatever kind decoders have; it was noted when they were decoded
+        times = None
     if times is None:
         first = decoded.sound.index(False) if False in decoded.sound else len(decoded.sound)
         return decoded.sound[:first]
     sound = dict(zip(decoded.times, decoded.sound, strict=True))
     return [sound.get(time, False) for time in times]
+
+
+def _reason(sound: list[bool], decoded: _Decoded) -> str:
+    """What is wrong with a file, first where it is damaged."""
+    notes = list(decoded.notes)
+    if decoded.damaged or False in sound:
+        first = sound.index(False) if False in sound else len(sound)
+        more = sum(was and not now for was, now in pairwise(sound[first:]))
+        places = f" and in {more} more place{'s' * (more > 1)}" if more else ""
+        notes.insert(0, f"damaged from frame {first} on{places}")
+    return "; ".join(notes)
 
 
 def _judged(found: Entry, sound: list[bool]) -> Entry:
@@ -207,14 +274,16 @@ def _longest(sound: list[bool]) -> tuple[int, int]:
 
 def _reader(path: str, found: Entry) -> str:
     """PyAV, where the reader that comes first does not give the frames that PyAV gives; else nothing."""
-    first, stop = found.intact
+    in_turn, chosen = readers.readers(), sorted({*_three(*found.intact)})
     try:
-        in_turn = readers.readers()
-        chosen = sorted({first, (first + stop) // 2, stop - 1})
-        with in_turn[0].open(path) as one, in_turn[-1].open(path) as other:
-            same_count = one.track.frames == other.track.frames
-            frames, others = one.take(chosen, None), other.take(chosen, None)
-    except Exception:  # of whatever kind its library has: it is not for this file
+        with in_turn[-1].open(path) as opened:
+            count, frames = opened.track.frames, opened.take(chosen, None)
+    except Exception:  # of whatever kind its library has: the other one has read the file
+        return ""
+    try:
+        with in_turn[0].open(path) as opened:
+            same_count, others = opened.track.frames == count, opened.take(chosen, None)
+    except Exception:
         return "pyav"
     same = frames.shape == others.shape and np.abs(frames.astype(np.int16) - others).mean(axis=(1, 2, 3)).max() < 4
     return "" if same and same_count else "pyav"
