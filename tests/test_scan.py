@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ PARTLY = {  # intact frames, of how many, and what is wrong with the rest
     "corrupt_middle.mp4": ((0, 91), 250, "damaged from frame 91 on"),
     "decord_corrupted.mp4": ((0, 28), 50, "damaged from frame 28 on"),
     "trunc.mkv": ((0, 150), 150, "cut short: it ends after 5.0 of 10.4 s"),
-    "trunc_faststart50.mp4": ((0, 103), 106, "damaged from frame 103 on; cut short: it ends after 4.2 of 10.0 s"),
+    "trunc_faststart50.mp4": ((0, 103), 106, "damaged from frame 103 on; cut short: it ends after 4.3 of 10.0 s"),
 }
 WHOLE = {
     "decord_unordered.mov": 4,
@@ -49,7 +51,7 @@ WHOLE = {
     "tc_discard_first_keyframe.mp4": 25,
     "tc_non_zero_start.mp4": 12,
 }
-NOT_FOR_DECORD = {"drv_editlist_copycut.mp4"}
+NOT_FOR_DECORD = {"drv_editlist_copycut.mp4", "mm_test_mpeg4_mp3.avi"}
 BEST_STREAM = {"nasa_multistream.mp4": (390, 270, 480)}
 
 
@@ -86,6 +88,57 @@ def test_the_part_called_intact_is_the_original_and_what_follows_is_not(name: st
     original, damaged = MEDIA / "clips" / "kin_abseiling.mp4", MEDIA / "bad" / name
     sound = [*range(first, stop, 6), stop - 1]
     assert (frames(original, sound) == frames(damaged, sound)).all()
+
+
+@needs_media
+@pytest.mark.parametrize(
+    ("name", "packet", "intact"),
+    [
+        ("mm_6fps.mp4", 0, (40, 57)),  # of the key frames 0 and 40, the first is lost
+        ("mm_6fps.mp4", 3, (40, 57)),
+        ("mm_6fps.mp4", 36, (0, 34)),
+        ("mm_6fps.mp4", 40, (0, 38)),
+        ("mm_32frames.mp4", 1, None),  # damaged while the key frame before it is still to come
+        ("mm_32frames.mp4", 23, (0, 21)),
+    ],
+)
+def test_wherever_a_packet_is_damaged_the_frames_called_intact_are_those_of_the_original(
+    name: str, packet: int, intact: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    original, path = MEDIA / "clips" / name, tmp_path / name
+    with av.open(str(original)) as container:
+        at, size = [(read.pos, read.size) for read in container.demux(video=0) if read.size][packet]
+    assert at is not None
+    data, start = bytearray(original.read_bytes()), at + min(8, size // 2)
+    data[start : at + size] = random.Random(packet).randbytes(at + size - start)
+    path.write_bytes(data)
+    found = examine(str(path))
+    assert found.reason.startswith("damaged from frame")
+    assert "cut short" not in found.reason
+    assert (found.intact if found.usable else None) == intact
+    if intact is not None:
+
+        def frames(of: Path) -> np.ndarray:
+            return readers.read(of, lambda track: range(*intact), reader="pyav")
+
+        assert (frames(path) == frames(original)).all()
+
+
+def test_a_title_that_is_not_in_utf8_neither_ends_a_scan_nor_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a long title"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        for level in range(9):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"a long title", b"\xe9 long title"))
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(path))
+    found = scan(tmp_path, workers=1).entries["a.mp4"]
+    assert (found.usable, found.reason, found.intact) == (True, "", (0, 9))
 
 
 @needs_media

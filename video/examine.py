@@ -23,6 +23,7 @@ from video.readers.protocol import one_line
 from video.readers.pyav import Index as PacketIndex
 
 _SHORTER = 0.05  # of its duration that a stream may lack without being called cut short
+_REORDERED = 16  # frames by which H.264 and HEVC may show one later than they decode it
 _CUT = "File ended prematurely"  # what FFmpeg says of Matroska whose end is missing
 
 
@@ -99,7 +100,8 @@ def _of_file(path: str, found: Entry, quick: bool) -> Entry:
             raise trouble
         shape = readers.read(path, lambda track: _three(*found.intact)).shape
     found = replace(found, height=shape[1], width=shape[2])
-    return found if quick or not found.usable else replace(found, reader=_reader(path, found))
+    known = quick or not found.usable or found.reader
+    return found if known else replace(found, reader=_reader(path, found))
 
 
 def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> Entry:
@@ -112,6 +114,9 @@ def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> 
                 stream = _best(container)
                 fps = float(stream.average_rate or stream.guessed_rate or 0)
                 found = replace(found, codec=stream.codec_context.name, fps=round(fps, 4))
+                if "avi" in container.format.name and stream.codec_context.has_b_frames:
+                    # Asked for the last frame of these, decord at times gives the one before it, without an error.
+                    found = replace(found, reader="pyav")
                 if quick:
                     decoded.count(container, stream)
                 else:
@@ -158,6 +163,8 @@ class _Decoded:
 
     sound: list[bool] = field(default_factory=list)
     times: list[int | None] = field(default_factory=list)
+    order: dict[int | None, int] = field(default_factory=dict)
+    """Which packet, by number, holds the frame that is shown at a time."""
     notes: list[str] = field(default_factory=list)
     first: float | None = None
     last: float = 0.0
@@ -185,6 +192,7 @@ class _Decoded:
         self.rate = float(stream.average_rate or 0)
         for packet in container.demux(stream):
             self._at(packet)
+            self.order[packet.pts] = len(self.order)
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
@@ -209,11 +217,18 @@ class _Decoded:
         # Frames come later than their packets: a key frame that was decoded before the damage does not end it.
         if frame.is_corrupt:
             self.damaged = self.broken = True
+            self._distrust_what_was_decoded_after(frame)
         elif frame.key_frame and frame.pts is not None and frame.pts == self.anew:
             self.broken = False
         self.sound.append(not self.broken)
         self.times.append(frame.pts)
         self._at(frame)
+
+    def _distrust_what_was_decoded_after(self, frame: VideoFrame) -> None:
+        """Frames that are shown before a damaged one may have been made from it."""
+        for place in range(max(len(self.sound) - _REORDERED, 0), len(self.sound)):
+            if self.order.get(self.times[place], 0) > self.order.get(frame.pts, 0):
+                self.sound[place] = False
 
     def _at(self, shown: Packet[VideoStream] | VideoFrame) -> None:
         """Note when it is shown, of packets too, as damage is no gap in time."""
