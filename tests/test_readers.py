@@ -204,6 +204,15 @@ def test_a_reader_is_not_used_where_it_is_known_to_be_wrong(caplog: pytest.LogCa
         caplog.clear()
 
 
+@needs_media
+def test_the_last_frame_of_an_avi_with_b_frames_is_the_last(reader: Choice) -> None:
+    path = MEDIA / "clips" / "mm_test_mpeg4_mp3.avi"
+    truth = in_sequence(path)
+    for _ in range(8):
+        [frame] = shrunk(readers.read(path, at(-1), reader=reader), truth[0].shape)
+        assert np.argmin([np.abs(frame - other).mean() for other in truth]) == len(truth) - 1
+
+
 # --- files inside files, and folders ----------------------------------------------------------------------------------
 
 

@@ -32,7 +32,8 @@ def examine(path: str, *, name: str | None = None, quick: bool = False) -> Entry
 
     All frames are decoded, and a codec is told to report what it would conceal. Frames are damaged from where something
     does not decode until frames begin anew; the longest run without damage is `intact`. At least two such frames make a
-    file usable. Three frames tell whether decord sees the same ones.
+    file usable. Three frames tell whether decord sees the same ones. Noise that a codec decodes without complaint, as
+    HEVC does most, is not found.
 
     Args:
         path: of the file or folder.
@@ -120,7 +121,7 @@ def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> 
                 if quick:
                     decoded.count(container, stream)
                 else:
-                    stream.codec_context.options = {"err_detect": "explode"}
+                    stream.codec_context.options = {"err_detect": "explode+crccheck"}
                     decoded.decode(container, stream)
                 promised, exact = _promised(container, stream), stream.duration is not None
         except Exception as problem:  # of whatever kind decoders have

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from convmae.data import Packed
 
-from .protocol import Frames, RefusedError, Size, Track, Video, one_line
+from .protocol import Frames, RefusedError, Size, Track, Video, is_avi, one_line
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,23 @@ class Decord:
         # Frames that an edit list cuts off have negative times, and decord counts them. (-4e17: no times at all.)
         if -1e9 < reader.get_frame_timestamp([0])[0, 0] < 0:
             raise RefusedError("it counts frames that an edit list cuts off")
-        yield Opened(reader, Track(len(reader), float(reader.get_avg_fps()), 0, 0))
+        yield Opened(video, reader, Track(len(reader), float(reader.get_avg_fps()), 0, 0))
 
 
 class Opened(NamedTuple):
     """A file that decord has read the packets of."""
 
+    video: Video
     reader: Any
     track: Track
 
     def take(self, indices: Sequence[int], size: Size | None) -> Frames:
-        """Decode frames at rising indices, in their own size; raises DECORDError where one cannot be decoded."""
+        """Decode frames at rising indices, in their own size; raises DECORDError where one cannot be decoded.
+
+        Raises `RefusedError` for the last frame of an AVI: with B-frames, decord at times gives the one before.
+        """
+        if indices[-1] == self.track.frames - 1 and is_avi(self.video):
+            raise RefusedError("it may give the frame before the last of an AVI for the last")
         frames: Frames = self.reader.get_batch(list(indices)).asnumpy()
         return frames
 

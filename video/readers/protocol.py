@@ -77,6 +77,14 @@ def name_of(video: Video) -> str:
     return video.name if isinstance(video, Packed) else video
 
 
+def is_avi(video: Video) -> bool:
+    """Whether a video is an AVI file, whose frames have no times of their own."""
+    if isinstance(video, Packed):
+        return video.data[8:12] == b"AVI "
+    with open(video, "rb") as file:
+        return file.read(12)[8:] == b"AVI "
+
+
 def one_line(error: Exception) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

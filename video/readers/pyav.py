@@ -116,7 +116,8 @@ class Opened(NamedTuple):
 
 
 def _container(video: Video) -> InputContainer:
-    return av.open(io.BytesIO(video.data) if isinstance(video, Packed) else video, "r")
+    source = io.BytesIO(video.data) if isinstance(video, Packed) else video
+    return av.open(source, "r", metadata_errors="replace")  # a title in another encoding is no damage
 
 
 def _best(container: InputContainer, video: Video) -> VideoStream:

@@ -13,7 +13,7 @@ import torch
 from convmae.data import Packed
 from convmae.images import resize
 
-from .protocol import Frames, RefusedError, Size, Track, Video
+from .protocol import Frames, RefusedError, Size, Track, Video, is_avi
 
 
 class TorchCodec:
@@ -28,7 +28,7 @@ class TorchCodec:
     @contextmanager
     def open(self, video: Video) -> Iterator[Opened]:
         """Look into a file; raises `RefusedError` for AVI, whose frames it tells apart by times that AVI has not."""
-        if _start(video)[8:12] == b"AVI ":
+        if is_avi(video):
             raise RefusedError("it is off by one on AVI files without good times")
         source = video.data if isinstance(video, Packed) else video
         decoder = module()(source, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode="exact")
@@ -60,10 +60,3 @@ def module() -> Any:
         return importlib.import_module("torchcodec.decoders").VideoDecoder
     except (ImportError, OSError, RuntimeError):
         return None
-
-
-def _start(video: Video) -> bytes:
-    if isinstance(video, Packed):
-        return video.data[:12]
-    with open(video, "rb") as file:
-        return file.read(12)
