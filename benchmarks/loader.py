@@ -168,7 +168,7 @@ def main() -> None:
         for name in measured:
             cpu = f"{by_cpu[name]:.1f}" if by_cpu[name] else ""
             print(f"| {name} | {cpu} | {by_clock[name]:.1f} |")
-        of = readers.readers()[0].name
+        of = readers.in_turn()[0].name
         share = statistics.median(
             one.clips_per_cpu_second / other.clips_per_cpu_second
             for one, other in zip(measured["load"], measured[of], strict=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import colorsys
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -24,12 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .files import cache
+
 SEED = 2205
 SHAPES = ("cross", "disc", "hexagon", "moon", "ring", "square", "star", "triangle")
 MOTIONS = ("circle_left", "circle_right", "down", "left", "right", "turn_left", "turn_right", "up")
 
 Pixels = NDArray[np.uint8]
 Plane = NDArray[np.floating[Any]]
+
 
 log = logging.getLogger(__name__)
 
@@ -208,15 +210,14 @@ def _distance(shape: str, x: Plane, y: Plane) -> Plane:
 
 
 def cached(name: str, make: Callable[[Path], None], folder: Path | None = None) -> Path:
-    """The folder that `make` fills, filled on first use: `folder`, or `name` in the cache.
+    """The folder that `make` fills, filled on first use: `folder`, or `name` in `convmae.files.cache()`.
 
-    The cache is `$CONVMAE_CACHE`, or else `~/.cache/convmae`. The folder is filled under another name and then
+    The folder is filled under another name and then
     renamed: it is never there by halves, and of several processes that make it at once, all get the first one's.
 
     Raises ValueError where that cannot be written.
     """
-    cache = os.environ.get("CONVMAE_CACHE") or Path.home() / ".cache" / "convmae"
-    folder = Path(cache) / name if folder is None else Path(folder)
+    folder = cache() / name if folder is None else Path(folder)
     if folder.is_dir():
         return folder
     try:

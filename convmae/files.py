@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def cache() -> Path:
+    """The folder for what can be made or fetched again: `$CONVMAE_CACHE`, or else `~/.cache/convmae`."""
+    return Path(os.environ.get("CONVMAE_CACHE") or Path.home() / ".cache" / "convmae")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which replaces the one at the path once all is written and flushed to the disk.

@@ -83,13 +83,38 @@ def _below(number: int, generator: torch.Generator) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder:
+class Stills:
+    """How samples are made of images: what all sources of images have in common.
+
+    Args:
+        crop: which part is shown.
+        flip: mirror left and right with probability 1/2.
+    """
+
+    crop: Crop = RandomResizedCrop()
+    flip: bool = True
+
+    def check(self, size: tuple[int, ...]) -> None:
+        """Refuse what cannot be: raises ValueError for a size without two axes."""
+        if len(size) != 2:
+            raise ValueError(f"{type(self).__name__} loads (H, W) pixels, but the model's input is {size}")
+
+    def load(self, file: str | Packed, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Load an image, cropped and flipped at random, uint8 `(3, H, W)`.
+
+        Raises `UnusableFileError` as `read` does.
+        """
+        pixels = self.crop(read(file), size, generator)
+        if self.flip and _below(2, generator):
+            pixels = pixels.flip(-1)
+        return pixels.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(Stills):
     """Images below `root`, without one the built-in demonstration stills; subfolders, if any, are the classes."""
 
     root: Path | None = None
-    crop: Crop = RandomResizedCrop()
-    flip: bool = True
-    """Mirror left and right with probability 1/2."""
 
     def open(self, size: tuple[int, ...]) -> ImageSamples:
         """List the images, to be loaded at `size`, `(H, W)` pixels.
@@ -97,10 +122,9 @@ class ImageFolder:
         Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image, or the
         demonstration set cannot be written.
         """
-        if len(size) != 2:
-            raise ValueError(f"ImageFolder loads (H, W) pixels, but the model's input is {size}")
+        self.check(size)
         root = make() / "train" if self.root is None else self.root
-        return ImageSamples(source=self, root=root, size=size, listing=listing(root, IMAGE_SUFFIXES))
+        return ImageSamples(source=self, root=root, size=(size[0], size[1]), listing=listing(root, IMAGE_SUFFIXES))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,10 +151,8 @@ class ImageSamples:
 
         Raises `UnusableFileError` for a file that is not a whole image.
         """
-        pixels = self.source.crop(read(self.name(index)), self.size, generator)
-        if self.source.flip and _below(2, generator):
-            pixels = pixels.flip(-1)
-        return Sample(pixels.contiguous(), int(self.listing.labels[index]))
+        pixels = self.source.load(self.name(index), self.size, generator)
+        return Sample(pixels, int(self.listing.labels[index]))
 
 
 def read(file: str | Path | Packed) -> Tensor:

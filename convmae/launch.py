@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from .command import flag
 from .job import LAUNCHER, Job
 from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, ready_demo, require_gpus, say, suited
 from .run import Pretrain
@@ -46,10 +47,6 @@ _METAVARS = {
     "job_name": "NAME",
     "comment": "TEXT",
     "after": "JOBS",
-    int | None: "INT",
-    float | None: "FLOAT",
-    str | None: "STR",
-    Path | None: "PATH",
 }
 
 
@@ -187,7 +184,7 @@ def _parse(name: str, run: Pretrain, about: str, arguments: list[str]) -> tuple[
     import tyro
 
     about_data = f"where the data are. (default: ${DATA}, else the recipe's own, else the demo set)"
-    data = Annotated[str | None, _flag("data", Path | None, None, about_data)]
+    data = Annotated[str | None, flag(Path | None, None, about=about_data)]
     groups = [
         ("launch", _options(Launch(recipe=name))),
         ("slurm", _options(Slurm())),
@@ -216,17 +213,9 @@ def _options(owner: Any, *before: Any) -> type:
         value = getattr(owner, field.name)
         if field.name != "data" and isinstance(value, _FLAGS):
             hint = hints[field.name]
-            annotation: Any = Annotated[hint, _flag(field.name, hint, value)]
+            annotation: Any = Annotated[hint, flag(hint, value, metavar=_METAVARS.get(field.name))]
             fields.append((field.name, annotation, dataclasses.field(default=value)))
     return dataclasses.make_dataclass(type(owner).__name__, fields, namespace={"__doc__": type(owner).__doc__})
-
-
-def _flag(name: str, hint: Any, value: object, about: str | None = None) -> Any:
-    import tyro
-
-    metavar = _METAVARS.get(name) or (_METAVARS.get(hint) if value is None else None)
-    default = "" if value is None or value is False else None
-    return tyro.conf.arg(metavar=metavar, help=about, help_behavior_hint=default)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a scan found out about the files of a data set: a line of JSON for each, beside the data.
 
-`python -m video.scan ROOT` writes it; sources of videos read it, if it is there.
+`python -m video.scan ROOT` writes it; `video.videos.Videos` reads it, if it is there.
 """
 
 from __future__ import annotations

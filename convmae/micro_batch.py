@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from . import command
 from .builders import MAE
 from .data import generator
 from .launch import find_recipe
@@ -296,28 +297,23 @@ def _say(trial: Trial) -> None:
     print(f"{trial.samples:>6} samples: {taken}", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Find it for the recipe that the command line names, and print it; the exit code, 2 where it cannot be done."""
-    import tyro
-
-    options = tyro.cli(
-        _Options,
-        args=arguments,
-        prog="python -m convmae.micro_batch",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
+def _find(options: _Options) -> int:
     try:
         run = options.changed(find_recipe(options.recipe)[0])
-        run.model.check()
-        found = largest(run, margin=options.margin, tried=_say)
-    except (LaunchError, ValueError) as problem:
-        print(f"python -m convmae.micro_batch: {problem}", file=sys.stderr)
-        return 2
+    except LaunchError as problem:
+        raise ValueError(str(problem)) from problem
+    run.model.check()
+    found = largest(run, margin=options.margin, tried=_say)
     limit = f"{found.limit_bytes / 2**30:.2f} GiB on {torch.cuda.get_device_name()}"
     print(f"largest micro-batch: {found.micro_batch} samples, {found.peak_bytes / 2**30:.2f} of {limit}")
     if found.micro_batch == run.batch_size:
         print("no more were tried: it is the batch size" if options.at_most is None else "no more were to be tried")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Find it for the recipe that the command line names, and print it; the exit code, 2 where it cannot be done."""
+    return command.run(_Options, "convmae.micro_batch", _find, arguments)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convmae.command import run
 from convmae.data import UNLABELLED, Packed, Sample, UnusableFileError
-from convmae.files import write_whole, writing
-from convmae.images import IMAGE_SUFFIXES, Crop, RandomResizedCrop, read
+from convmae.files import cache, write_whole, writing
+from convmae.images import IMAGE_SUFFIXES, Stills
 from convmae.listing import Names
 
 log = logging.getLogger(__name__)
@@ -514,7 +515,6 @@ class Shards:
         flat = [member for members in chosen for member in members]
         if not flat:
             raise ValueError(f"root={os.fspath(self.root)!r}: no sample has a member {' '.join(sorted(suffixes))}")
-        shared = os.environ.get("CONVMAE_CACHE") or Path.home() / ".cache" / "convmae"
         return Members(
             shards=tuple(place.path(name) for name in index.shards),
             bytes=tuple(shard.bytes for shard in index.shards.values()),
@@ -526,7 +526,7 @@ class Shards:
             classes=index.classes,
             lanes=self.lanes,
             window=self.window,
-            cache=Cache(self.cache or Path(shared) / "shards", int(self.cache_gb * 1e9)) if place.remote else None,
+            cache=Cache(self.cache or cache() / "shards", int(self.cache_gb * 1e9)) if place.remote else None,
         )
 
 
@@ -646,21 +646,16 @@ def order_of_lanes(counts: NDArray[np.int64], lanes: int, window: int, generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageShards(Shards):
-    """Images in shards, cropped and flipped as those of an `ImageFolder`."""
-
-    crop: Crop = RandomResizedCrop()
-    flip: bool = True
-    """Mirror left and right with probability 1/2."""
+class ImageShards(Stills, Shards):
+    """Images in shards."""
 
     def open(self, size: tuple[int, ...]) -> ImageShardSamples:
         """List the images, to be loaded at `size`, `(H, W)` pixels.
 
         Raises ValueError where `size` has not two axes, and as `Shards.members` does.
         """
-        if len(size) != 2:
-            raise ValueError(f"ImageShards loads (H, W) pixels, but the model's input is {size}")
-        return ImageShardSamples(source=self, size=size, members=self.members(IMAGE_SUFFIXES))
+        self.check(size)
+        return ImageShardSamples(source=self, size=(size[0], size[1]), members=self.members(IMAGE_SUFFIXES))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -692,10 +687,8 @@ class ImageShardSamples:
 
         Raises `UnusableFileError` where it cannot be fetched, or is not a whole image.
         """
-        pixels = self.source.crop(read(self.members.read(index)), self.size, generator)
-        if self.source.flip and int(torch.randint(2, (), generator=generator)):
-            pixels = pixels.flip(-1)
-        return Sample(pixels.contiguous(), int(self.members.labels[index]))
+        pixels = self.source.load(self.members.read(index), self.size, generator)
+        return Sample(pixels, int(self.members.labels[index]))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -738,24 +731,16 @@ def write_index(root: Path | str, to: str | None = None, *, accept_cut: bool = F
     return where, found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the index of the shards that the command line names; the exit code, 2 where it cannot be done."""
-    import tyro
-
-    options = tyro.cli(
-        _Options,
-        args=arguments,
-        prog="python -m convmae.shards",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
-    try:
-        where, index = write_index(options.root, options.to, accept_cut=options.accept_cut)
-    except ValueError as problem:
-        print(f"python -m convmae.shards: {problem}", file=sys.stderr)
-        return 2
+def _write(options: _Options) -> int:
+    where, index = write_index(options.root, options.to, accept_cut=options.accept_cut)
     members = sum(len(shard.members) for shard in index.shards.values())
     print(f"{where}: {members} members in {len(index.shards)} shards")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the index of the shards that the command line names; the exit code, 2 where it cannot be done."""
+    return run(_Options, "convmae.shards", _write, arguments)
 
 
 if __name__ == "__main__":

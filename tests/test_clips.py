@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from media import MEDIA, needs_media
 from torch import Tensor
 
 from video import readers
@@ -17,8 +18,6 @@ from video.clips import LAST, Dense, Sampling, Segments, many, stretched, three_
 from video.readers import Track
 
 ROOT = Path(__file__).parents[1]
-MEDIA = ROOT.parent / "shared" / "media"
-needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
 
 SAMPLINGS: list[Sampling] = [
     Dense(stride=4),

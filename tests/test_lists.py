@@ -8,9 +8,7 @@ import pytest
 
 from convmae.data import UNLABELLED
 from convmae.listing import Listing, Names, listing
-from video import lists
-from video.lists import from_labeled_paths, labeled_paths, read_list
-from video.videos import VIDEO_SUFFIXES
+from video.lists import VIDEO_SUFFIXES, from_labeled_paths, labeled_paths, read_list
 
 
 def read(folder: Path, text: str | bytes) -> Listing:
@@ -119,10 +117,6 @@ def test_of_many_wrong_lines_five_are_named_and_the_others_counted(tmp_path: Pat
 def test_a_list_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         read_list(tmp_path / "gone.csv")
-
-
-def test_the_endings_that_tell_a_path_are_those_of_videos() -> None:
-    assert lists._ENDINGS == VIDEO_SUFFIXES
 
 
 # --- folders of frames ------------------------------------------------------------------------------------------------

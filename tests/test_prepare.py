@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from media import MEDIA, needs_media
 
 from convmae.data import generator
 from convmae.demo import clip
@@ -31,8 +32,6 @@ from video.shards import VideoShards
 from video.videos import Videos
 
 ROOT = Path(__file__).parents[1]
-MEDIA = ROOT.parent / "shared" / "media"
-needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
 CLIPS = sorted(path for path in (MEDIA / "clips").glob("*") if path.suffix != ".json")
 QUICK = {  # each of another kind: cut by an edit list, of variable rate, rotated, AVI
     "drv_editlist_copycut.mp4",

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from media import BEST_STREAM, MEDIA, UNUSABLE, needs_media
 from PIL import Image
 
 from convmae import manifest
@@ -25,20 +26,6 @@ from video.examine import examine
 from video.scan import _Look, main, scan
 from video.videos import Videos
 
-MEDIA = Path(__file__).parents[2] / "shared" / "media"
-needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
-
-UNUSABLE = {
-    "audio_only.mp4": "no video stream",
-    "corrupt_first_gop.mp4": "no frame can be decoded",
-    "corrupt_moov.mp4": "header is lost or damaged",
-    "header_only.mp4": "no frame can be decoded",
-    "one_frame.mp4": "a single frame",
-    "random.mp4": "not a video",
-    "text.mp4": "not a video",
-    "trunc_moov_lost.mp4": "header is lost",
-    "zero_bytes.mp4": "empty file",
-}
 PARTLY = {  # intact frames, of how many, and what is wrong with the rest
     "corrupt_middle.mp4": ((0, 91), 250, "damaged from frame 91 on"),
     "decord_corrupted.mp4": ((0, 28), 50, "damaged from frame 28 on"),
@@ -52,7 +39,6 @@ WHOLE = {
     "tc_non_zero_start.mp4": 12,
 }
 NOT_FOR_DECORD = {"drv_editlist_copycut.mp4"}  # and AVI, of which decord may give a wrong last frame
-BEST_STREAM = {"nasa_multistream.mp4": (390, 270, 480)}
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from media import MEDIA, needs_media
 from torch import Tensor
 
 from convmae import data
 from convmae.data import Batch, Sample, StartMethod, Stream
 from video.videos import Videos
-
-MEDIA = Path(__file__).parents[2] / "shared" / "media"
-needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}")
 
 
 @dataclass(frozen=True)

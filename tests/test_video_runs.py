@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from media import MEDIA, needs_media
 
 from convmae.files import lines
 
 ROOT = Path(__file__).parent.parent
-MEDIA = ROOT.parent / "shared" / "media"
 pytestmark = [
-    pytest.mark.skipif(not MEDIA.is_dir(), reason=f"the real videos are not in {MEDIA}"),
+    needs_media,
     pytest.mark.slow,
 ]
 

@@ -18,8 +18,8 @@ from convmae.data import UNLABELLED
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import Listing, listing
 from video.clips import Sampling, Segments
-from video.lists import complaint
-from video.videos import VIDEO_SUFFIXES, Videos
+from video.lists import VIDEO_SUFFIXES, complaint
+from video.videos import Videos
 
 log = logging.getLogger(__name__)
 

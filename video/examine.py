@@ -21,6 +21,7 @@ from convmae.manifest import Entry
 from video import readers
 from video.readers.protocol import one_line
 from video.readers.pyav import Index as PacketIndex
+from video.readers.pyav import best_stream, container_of
 
 _SHORTER = 0.05  # of its duration that a stream may lack without being called cut short
 _REORDERED = 16  # frames by which H.264 and HEVC may show one later than they decode it
@@ -101,8 +102,7 @@ def _of_file(path: str, found: Entry, quick: bool) -> Entry:
             raise trouble
         shape = readers.read(path, lambda track: _three(*found.intact)).shape
     found = replace(found, height=shape[1], width=shape[2])
-    known = quick or not found.usable or found.reader
-    return found if known else replace(found, reader=_reader(path, found))
+    return found if quick or not found.usable else replace(found, reader=_reader(path, found))
 
 
 def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> Entry:
@@ -111,13 +111,10 @@ def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> 
     av.logging.set_level(av.logging.WARNING)
     with av.logging.Capture() as said:
         try:
-            with _container(path) as container:
-                stream = _best(container)
+            with container_of(path) as container:
+                stream = best_stream(container, path)
                 fps = float(stream.average_rate or stream.guessed_rate or 0)
                 found = replace(found, codec=stream.codec_context.name, fps=round(fps, 4))
-                if "avi" in container.format.name and stream.codec_context.has_b_frames:
-                    # Asked for the last frame of these, decord at times gives the one before it, without an error.
-                    found = replace(found, reader="pyav")
                 if quick:
                     decoded.count(container, stream)
                 else:
@@ -132,18 +129,6 @@ def _looked_through(path: str, found: Entry, quick: bool, decoded: _Decoded) -> 
     if any(_CUT in message for *_, message in said) or (lacking and exact):
         decoded.notes.append(f"cut short: it ends after {decoded.seconds:.1f} of {promised:.1f} s")
     return replace(found, seconds=round(decoded.seconds, 3))
-
-
-def _container(path: str) -> InputContainer:
-    """The file; a title that is not in UTF-8 is no damage."""
-    return av.open(path, "r", metadata_errors="replace")
-
-
-def _best(container: InputContainer) -> VideoStream:
-    stream = container.streams.best("video")
-    assert isinstance(stream, VideoStream)
-    stream.codec_context.thread_count = 1
-    return stream
 
 
 def _three(first: int, stop: int) -> list[int]:
@@ -247,8 +232,8 @@ def _as_readers_count(path: str, decoded: _Decoded) -> list[bool]:
     damage, no further.
     """
     try:
-        with _container(path) as container:
-            times = PacketIndex.of(container, _best(container)).times
+        with container_of(path) as container:
+            times = PacketIndex.of(container, best_stream(container, path)).times
     except Exception:  # of whatever kind decoders have; it was noted when they were decoded
         times = None
     if times is None:
@@ -290,7 +275,7 @@ def _longest(sound: list[bool]) -> tuple[int, int]:
 
 def _reader(path: str, found: Entry) -> str:
     """PyAV, where the reader that comes first does not give the frames that PyAV gives; else nothing."""
-    in_turn, chosen = readers.readers(), sorted({*_three(*found.intact)})
+    in_turn, chosen = readers.in_turn(), sorted({*_three(*found.intact)})
     try:
         with in_turn[-1].open(path) as opened:
             count, frames = opened.track.frames, opened.take(chosen, None)

@@ -13,6 +13,11 @@ from typing import Any
 from convmae.data import UNLABELLED
 from convmae.listing import Listing
 
+VIDEO_SUFFIXES = frozenset(
+    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
+)
+"""Endings of files that are taken for videos, in any case."""
+
 SHOWN = 5  # lines that an error names
 MOST_CLASSES = 1_000_000  # a larger label is a time or an identifier
 
@@ -93,22 +98,21 @@ def _layout(lines: Sequence[str]) -> tuple[Callable[[str], Row], str]:
 
 
 _KINDS = ((",", "`path,label`"), ("\t", "`path`, a tab, `label`"), (" ", "`path label`"))
-_ENDINGS = frozenset((".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"))
 _HEADER = re.compile(r"\w*(path|video|file|clip|name)\w*([\s,]+\w+)*[\s,]+\w*(label|class|target)\w*", re.IGNORECASE)
-_ENDING = re.compile(rf"({'|'.join(map(re.escape, sorted(_ENDINGS)))})(?=[\s,;|]|$)", re.IGNORECASE)
+_ENDING = re.compile(rf"({'|'.join(map(re.escape, sorted(VIDEO_SUFFIXES)))})(?=[\s,;|]|$)", re.IGNORECASE)
 _NUMBER = re.compile("-?[0-9]+")
 
 
 def _fits(name: str, label: str | None) -> bool:
     """Whether it may be a path, in which nothing comes after a file's ending, and a label, which is no file."""
     file = os.path.basename(name)
-    whole = bool(name) and (os.path.splitext(file)[1].lower() in _ENDINGS or not _ENDING.search(file))
+    whole = bool(name) and (os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES or not _ENDING.search(file))
     return whole and (label is None or (bool(label) and "/" not in label and not _ENDING.search(label)))
 
 
 def _is_sure(name: str, label: str | None) -> bool:
     """Whether it can be nothing but a path and a label: it is a number, or comes after a file's ending."""
-    return bool(_NUMBER.fullmatch(label or "")) or os.path.splitext(name)[1].lower() in _ENDINGS
+    return bool(_NUMBER.fullmatch(label or "")) or os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def _split(line: str, mark: str) -> Row:

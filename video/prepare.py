@@ -38,6 +38,7 @@ from av.container import InputContainer, OutputContainer
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from convmae import command
 from convmae.data import UNLABELLED, UnusableFileError
 from convmae.files import append_line, lines, write_whole, writing
 from convmae.listing import Listing
@@ -46,6 +47,7 @@ from video import readers
 from video.in_parallel import LostError, Shown, in_processes, usable_cpus
 from video.readers.protocol import one_line
 from video.readers.pyav import Index as Packets
+from video.readers.pyav import best_stream, container_of
 from video.videos import Videos
 
 KEYS = 32
@@ -114,16 +116,16 @@ def encode(source: str, target: Path, encoding: Encoding) -> Made:
     less than two frames, and whatever PyAV does.
     """
     readers.read(source, lambda track: [0], reader="pyav")  # says in one line what is wrong with it, if anything is
-    with av.open(source) as given:
-        packets = Packets.of(given, _video(given))
-        good = _is_good(given, _video(given), packets, encoding)
+    with container_of(source) as given:
+        packets = Packets.of(given, best_stream(given, source))
+        good = _is_good(given, best_stream(given, source), packets, encoding)
     target.parent.mkdir(parents=True, exist_ok=True)
     if good and _is_whole(source, packets.frames):
         with writing(target) as file, open(source, "rb") as original:
             shutil.copyfileobj(original, file)
         return Made()
-    with writing(target) as file, av.open(source) as given:
-        stream = _video(given)
+    with writing(target) as file, container_of(source) as given:
+        stream = best_stream(given, source)
         with av.open(file.name, "w", format="mp4", options={"movflags": "+faststart"}) as made:
             frames, problem = _write(made, given, stream, packets, encoding)
         if frames < 2:
@@ -132,13 +134,6 @@ def encode(source: str, target: Path, encoding: Encoding) -> Made:
         why = f" ({problem})" if problem else ""
         return Made(f"{frames} of {packets.frames} frames could be decoded{why}; these were kept")
     return Made()
-
-
-def _video(container: InputContainer) -> VideoStream:
-    stream = container.streams.best("video")
-    assert isinstance(stream, VideoStream)
-    stream.codec_context.thread_count = 1
-    return stream
 
 
 def _is_good(container: InputContainer, stream: VideoStream, packets: Packets, encoding: Encoding) -> bool:
@@ -160,9 +155,12 @@ def _is_good(container: InputContainer, stream: VideoStream, packets: Packets, e
 
 def _is_whole(source: str, frames: int) -> bool:
     """Whether all frames can be decoded, and are upright."""
-    with av.open(source) as container:
+    with container_of(source) as container:
         try:
-            upright = [not frame.rotation and not frame.is_corrupt for frame in container.decode(_video(container))]
+            upright = [
+                not frame.rotation and not frame.is_corrupt
+                for frame in container.decode(best_stream(container, source))
+            ]
         except av.error.FFmpegError:
             return False
     return all(upright) and len(upright) == frames
@@ -242,7 +240,7 @@ def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
 
 def _write_audio(made: OutputContainer, out: AudioStream, source: str, begins: Fraction) -> None:
     """Encode the sound, as far as it can be decoded; the pictures begin at so many seconds."""
-    with av.open(source) as given:
+    with container_of(source) as given:
         time = None
         for frame in _heard(given):
             if time is None:
@@ -574,7 +572,7 @@ class _Options:
         out: a new folder.
         short_side: in pixels; smaller videos keep their size.
         shards_mb: pack into shards of about so many megabytes.
-        workers: processes; None: as many as there are CPUs.
+        workers: processes. (default: as many as CPUs)
         crf: x264's quality, lower is better and larger.
         keep_audio: keep the sound.
         seconds_per_file: a video that takes longer is given up.
@@ -592,16 +590,7 @@ class _Options:
     copy: bool = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare videos as the command line says; the exit code, 1 where no video could be, 2 where it cannot be done."""
-    import tyro
-
-    options = tyro.cli(
-        _Options,
-        args=arguments,
-        prog="python -m video.prepare",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
+def _prepare(options: _Options) -> int:
     try:
         summary = prepare(
             options.root,
@@ -612,9 +601,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=options.workers,
             seconds_per_file=options.seconds_per_file,
         )
-    except ValueError as problem:
-        print(f"python -m video.prepare: {problem}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: what is done is kept, and the same command goes on", file=sys.stderr)
         return 130
@@ -622,9 +608,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what, found in (("could not be used", summary.failed), ("lost a part", summary.notes)):
         if found:
             print(f"{len(found)} {what}; all are in {options.out / FAILED}")
-            for problem_ in found[:10]:
-                print(f"  {problem_}")
+            for problem in found[:10]:
+                print(f"  {problem}")
     return 0 if summary.videos else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare videos as the command line says; the exit code, 1 where no video could be, 2 where it cannot be done."""
+    return command.run(_Options, "video.prepare", _prepare, arguments)
 
 
 if __name__ == "__main__":

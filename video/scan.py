@@ -5,8 +5,8 @@
     python -m video.scan /data/imagenet/train --images
 
 Every frame is decoded (`--quick`: three of each video). Each verdict is written down when it is known, so the same
-command goes on where it was stopped, and later looks at new and changed files alone. Training takes the manifest, where
-there is one, and leaves out what is unusable.
+command goes on where it was stopped, and later looks at new and changed files alone. Training on videos takes the
+manifest, where there is one, and leaves out what is unusable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from convmae import manifest
+from convmae import command, manifest
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import listing
 from convmae.manifest import Entry
@@ -223,22 +223,12 @@ class _Options:
     images: bool = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Scan, and say what was found; the exit code: 1 if nothing is usable, 2 if it cannot be done, 130 if stopped."""
-    import tyro
-
-    options = tyro.cli(
-        _Options,
-        args=arguments,
-        prog="python -m video.scan",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _scan(options: _Options) -> int:
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers} is below 1")
+    if options.seconds <= 0:
+        raise ValueError(f"--seconds {options.seconds:g} is not positive")
     try:
-        if options.workers is not None and options.workers < 1:
-            raise ValueError(f"--workers {options.workers} is below 1")
-        if options.seconds <= 0:
-            raise ValueError(f"--seconds {options.seconds:g} is not positive")
         with Shown() as shown:
             found = scan(
                 options.root,
@@ -250,9 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pictures=options.images,
                 shown=shown,
             )
-    except ValueError as problem:
-        print(f"python -m video.scan: {problem}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -263,5 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if any(entry.usable for entry in found.entries.values()) else 1
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scan, and say what was found; the exit code: 1 if nothing is usable, 2 if it cannot be done, 130 if stopped."""
+    return command.run(_Options, "video.scan", _scan, arguments)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from convmae.data import Sample
 from convmae.shards import Members, Shards
-from video.videos import VIDEO_SUFFIXES, Clips
+from video.lists import VIDEO_SUFFIXES
+from video.videos import Clips
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,20 +10,22 @@ epoch of a set that does not fit into memory also waits for the disk.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from convmae import command
 from convmae.data import Stream, UnusableFileError, generator
 from video import readers
 from video.clips import Dense
+from video.in_parallel import usable_cpus
 from video.videos import Videos, VideoSamples
 
 Size = tuple[int, int, int]
@@ -50,28 +52,27 @@ class Rate(NamedTuple):
 def decode(samples: VideoSamples, order: Iterable[int], seed: int = 0) -> Rate:
     """Decode the frames that `load` would take of these samples, and no more: in this process, in one thread."""
     source, (frames, *side) = samples.source, samples.size
-    short_side, clips = source.crop.short_side((side[0], side[1])), 0
-    began, cpu = time.perf_counter(), time.process_time()
-    for index in order:
+    short_side = source.crop.short_side((side[0], side[1]))
+
+    def one(index: int) -> None:
         intact, reader = samples.known(index)
         choose = source.choosing(frames, generator(seed, index), intact)
-        try:
-            readers.read(samples.name(index), choose, short_side=short_side, reader=reader)
-        except UnusableFileError:
-            continue
-        clips += source.repeats
-    return Rate(clips, time.perf_counter() - began, time.process_time() - cpu)
+        readers.read(samples.name(index), choose, short_side=short_side, reader=reader)
+
+    return _timed(samples, order, one)
 
 
 def load(samples: VideoSamples, order: Iterable[int], seed: int = 0) -> Rate:
     """Load these samples with crops and augmentation, in this process, in one thread."""
+    return _timed(samples, order, lambda index: samples.load(index, generator(seed, index)))
+
+
+def _timed(samples: VideoSamples, order: Iterable[int], one: Callable[[int], object]) -> Rate:
     clips, began, cpu = 0, time.perf_counter(), time.process_time()
     for index in order:
-        try:
-            samples.load(index, generator(seed, index))
-        except UnusableFileError:
-            continue
-        clips += samples.repeats
+        with suppress(UnusableFileError):
+            one(index)
+            clips += samples.repeats
     return Rate(clips, time.perf_counter() - began, time.process_time() - cpu)
 
 
@@ -114,7 +115,7 @@ class _Options:
 def _workers(given: tuple[int, ...]) -> list[int]:
     if given:
         return sorted(set(given))
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = usable_cpus()
     return sorted({min(2**power, cpus) for power in range(cpus.bit_length() + 1)})
 
 
@@ -124,7 +125,9 @@ def recommend(by_workers: dict[int, Rate]) -> int:
     return min(workers for workers, rate in by_workers.items() if rate.clips_per_second >= 0.95 * most)
 
 
-def _compare(options: _Options) -> None:
+def _compare(options: _Options) -> int:
+    if min(options.frames, options.side, options.stride, options.clips, *options.workers, 1) < 1:
+        raise ValueError("--frames, --side, --stride, --clips and --workers are 1 or more")
     source = Videos(root=options.data, sampling=Dense(stride=options.stride))
     size = (options.frames, options.side, options.side)
     samples = source.open(size)
@@ -157,6 +160,7 @@ def _compare(options: _Options) -> None:
     print(f"  the same, 2 clips a video  {twice.clips_per_second:8.1f} clips a second ({workers} workers)")
     print(f"recommended: --workers {workers}" + (f" and Videos(reader={reader!r})" if reader != "auto" else ""))
     print("  for each training process, where the CPUs are shared out to several: --workers CPUS / PROCESSES")
+    return 0
 
 
 def _describe(samples: VideoSamples, order: Sequence[int]) -> None:
@@ -183,22 +187,7 @@ def _describe(samples: VideoSamples, order: Sequence[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare and recommend; the exit code, 2 where it cannot be done."""
-    import tyro
-
-    options = tyro.cli(
-        _Options,
-        args=arguments,
-        prog="python -m video.throughput",
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
-    )
-    try:
-        if min(options.frames, options.side, options.stride, options.clips, *options.workers, 1) < 1:
-            raise ValueError("--frames, --side, --stride, --clips and --workers are 1 or more")
-        _compare(options)
-    except ValueError as problem:
-        print(f"python -m video.throughput: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(_Options, "video.throughput", _compare, arguments)
 
 
 if __name__ == "__main__":

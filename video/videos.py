@@ -23,13 +23,10 @@ from convmae.manifest import Entry
 from video import lists, readers
 from video.clips import Dense, MultiScaleCrop, Sampling, many
 from video.demo import make
+from video.lists import VIDEO_SUFFIXES
 from video.readers.protocol import RefusedError
 
 log = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = frozenset(
-    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ class Clips:
             raise ValueError(f"{type(self).__name__} loads (T, H, W) clips, but the model's input is {size}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} is below 1")
-        readers.readers(self.reader)
+        readers.in_turn(self.reader)
 
     def load(
         self,

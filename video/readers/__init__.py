@@ -48,9 +48,9 @@ __all__ = [
     "Size",
     "Track",
     "Video",
+    "in_turn",
     "installed",
     "read",
-    "readers",
 ]
 
 Choice = Literal["auto", "decord", "pyav", "torchcodec"]
@@ -68,7 +68,7 @@ def installed() -> list[Choice]:
     return [choice for choice, is_there in there.items() if is_there]
 
 
-def readers(choice: Choice = "auto") -> list[Reader]:
+def in_turn(choice: Choice = "auto") -> list[Reader]:
     """The readers that are asked in turn for the videos of files.
 
     Raises ValueError for one that is not there.
@@ -76,12 +76,12 @@ def readers(choice: Choice = "auto") -> list[Reader]:
     there = installed()
     if choice not in ("auto", *there):
         raise ValueError(f"reader={choice!r} is not known or not installed; there are {', '.join(['auto', *there])}")
-    in_turn: list[Reader] = [PyAV()]
+    asked: list[Reader] = [PyAV()]
     if choice == "torchcodec":
-        in_turn.insert(0, TorchCodec())
+        asked.insert(0, TorchCodec())
     elif choice != "pyav" and "decord" in there:
-        in_turn.insert(0, Decord())
-    return in_turn
+        asked.insert(0, Decord())
+    return asked
 
 
 def read(
@@ -98,23 +98,23 @@ def read(
     frame: that is a picture. Raises ValueError for a reader that is not installed.
     """
     video = str(video) if isinstance(video, Path) else video
-    in_turn = readers(reader)
+    asked = in_turn(reader)
     # Decoders raise almost anything on damaged data, MemoryError included, and one file must not end a run.
     try:
         if isinstance(video, str) and os.path.isdir(video):
-            in_turn = [FrameFolder()]
+            asked = [FrameFolder()]
         elif (len(video.data) if isinstance(video, Packed) else _regular(video).st_size) == 0:
             raise UnusableFileError(name_of(video), "empty file")
-        for reader_, others in zip(in_turn, range(len(in_turn) - 1, -1, -1), strict=True):
+        for one in asked:
             try:
-                return _read(reader_, video, choose, short_side)
+                return _read(one, video, choose, short_side)
             except UnusableFileError:
                 raise
             except Exception as error:
-                if not others:
+                if one is asked[-1]:
                     raise
-                log.debug("%s: %s gives up (%s), trying PyAV", name_of(video), reader_.name, one_line(error))
-                _say_that_pyav_helps(reader_.name)
+                log.debug("%s: %s gives up (%s), trying PyAV", name_of(video), one.name, one_line(error))
+                _say_that_pyav_helps(one.name)
     except UnusableFileError:
         raise
     except Exception as error:

@@ -56,8 +56,8 @@ class PyAV:
     @contextmanager
     def open(self, video: Video) -> Iterator[Opened]:
         """The best video stream of a file, decoded in this thread alone."""
-        with _container(video) as container:
-            stream = _best(container, video)
+        with container_of(video) as container:
+            stream = best_stream(container, video)
             index = Index.of(container, stream)
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             yield Opened(video, container, stream, index, Track(index.frames, fps, stream.height, stream.width))
@@ -102,9 +102,9 @@ class Opened(NamedTuple):
     def _by_count(self, indices: Sequence[int], size: Size | None) -> list[Frames]:
         """The frames, counted from the start as far as the file goes."""
         wanted, found, end = set(indices), [], 0
-        with _container(self.video) as container:
+        with container_of(self.video) as container:
             try:
-                for frame in container.decode(_best(container, self.video)):
+                for frame in container.decode(best_stream(container, self.video)):
                     if end in wanted:
                         found.append(_upright(frame, size))
                     end += 1
@@ -115,12 +115,17 @@ class Opened(NamedTuple):
         raise OverpromisedError(end)
 
 
-def _container(video: Video) -> InputContainer:
+def container_of(video: Video) -> InputContainer:
+    """The file, open; a title in another encoding than UTF-8 is no damage."""
     source = io.BytesIO(video.data) if isinstance(video, Packed) else video
-    return av.open(source, "r", metadata_errors="replace")  # a title in another encoding is no damage
+    return av.open(source, "r", metadata_errors="replace")
 
 
-def _best(container: InputContainer, video: Video) -> VideoStream:
+def best_stream(container: InputContainer, video: Video) -> VideoStream:
+    """The stream of pictures that FFmpeg thinks best, decoded in this thread alone.
+
+    Raises `UnusableFileError` where there is none.
+    """
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream):
         raise UnusableFileError(name_of(video), "no video stream in it")
