@@ -104,13 +104,15 @@ class Batch(NamedTuple):
     """What the loader gives: n usable samples, and those that were not.
 
     pixels uint8 `(n, 3, *size)`; labels `(n)`; mask, as it was drawn, `(n * groups, *grid)`, or None; skipped: the
-    errors of samples that could not be loaded. n can be 0: then pixels and mask are empty in their first axis.
+    errors of samples that could not be loaded; indices `(n)`, which of the samples each is. n can be 0: then pixels and
+    mask are empty in their first axis.
     """
 
     pixels: Tensor
     labels: Tensor
     mask: Tensor | None
     skipped: list[UnusableFileError]
+    indices: Tensor
 
 
 def generator(*key: int) -> torch.Generator:
@@ -140,6 +142,8 @@ class Stream:
         micro_batch: the most that a process takes at once; None = its whole share of a step.
         draw_mask: draws a mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
         detour: another number is another order, and other augmentation and masks, of the same samples.
+        once: take every sample once, in the order that they are listed in, as a test does; the last step may be short,
+            and shares of it empty.
         blamed: samples over which a loader process was lost, and how; not tried again, in one epoch or at all (None).
 
     Raises:
@@ -155,6 +159,7 @@ class Stream:
     micro_batch: int | None = None
     draw_mask: Callable[[torch.Generator], Tensor] | None = None
     detour: int = 0
+    once: bool = False
     blamed: dict[tuple[int | None, int], str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -170,6 +175,8 @@ class Stream:
 
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""
+        if self.once:
+            return math.ceil(len(self.samples) / self.drawn)
         return max(1, round(epochs * len(self.samples) / self.drawn))
 
     def share(self, step: int) -> list[list[int]]:
@@ -178,13 +185,16 @@ class Stream:
         All processes have equally many micro-batches, as sharded models need; so the last of some may be empty.
         """
         first = step * self.drawn
-        own = range(first + self.rank, first + self.drawn, self.world)
+        stop = min(first + self.drawn, len(self.samples)) if self.once else first + self.drawn
+        own = range(first + self.rank, stop, self.world)
         most = -(-self.drawn // self.world)
         size = self.micro_batch // repeats(self.samples) if self.micro_batch else most
         return [list(own[at : at + size]) for at in range(0, most, size)]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, by index, as they are taken."""
+        if self.once:
+            return torch.arange(len(self.samples))
         random = generator(self.seed, 0, epoch, self.detour)
         if hasattr(self.samples, "order"):
             order: Tensor = self.samples.order(random)
@@ -366,13 +376,21 @@ class _Numbers(Sampler[list[tuple[int, int]]]):
                 yield pairs
 
 
+class _Loaded(NamedTuple):
+    """A sample, its mask, and which of the samples it is."""
+
+    sample: Sample
+    mask: Tensor | None
+    which: int
+
+
 class _Numbered(Dataset[Any]):
     """Loads a sample with the randomness of its epoch, and says meanwhile at which it is."""
 
     def __init__(self, stream: Stream, desks: Tensor) -> None:
         self.stream, self.desks = stream, desks
 
-    def __getitem__(self, pair: tuple[int, int]) -> tuple[Sample, Tensor | None] | UnusableFileError:
+    def __getitem__(self, pair: tuple[int, int]) -> _Loaded | UnusableFileError:
         epoch, index = pair
         blamed = self.stream.blamed
         if how := blamed.get((None, index)) or blamed.get((epoch, index)):
@@ -388,13 +406,13 @@ class _Numbered(Dataset[Any]):
         finally:
             desk[0] = -1
 
-    def _load(self, epoch: int, index: int) -> tuple[Sample, Tensor | None] | UnusableFileError:
+    def _load(self, epoch: int, index: int) -> _Loaded | UnusableFileError:
         stream = self.stream
         random = generator(stream.seed, 1, epoch, index, stream.detour)
         draw, count = stream.draw_mask, repeats(stream.samples)
         mask = None if draw is None else torch.cat([draw(random) for _ in range(count)])
         try:
-            return stream.samples.load(index, random), mask
+            return _Loaded(stream.samples.load(index, random), mask, index)
         except UnusableFileError as problem:
             return problem
 
@@ -405,20 +423,21 @@ class _Collate:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __call__(self, loaded: list[tuple[Sample, Tensor | None] | UnusableFileError]) -> Batch:
+    def __call__(self, loaded: list[_Loaded | UnusableFileError]) -> Batch:
         skipped = [item for item in loaded if isinstance(item, UnusableFileError)]
         usable = [item for item in loaded if not isinstance(item, UnusableFileError)]
         shape, count = (-1, 3, *self.stream.size), repeats(self.stream.samples)
-        masks = [mask for _, mask in usable if mask is not None]
+        masks = [one.mask for one in usable if one.mask is not None]
         if usable:
-            pixels = torch.stack([sample.pixels for sample, _ in usable]).reshape(shape)
+            pixels = torch.stack([one.sample.pixels for one in usable]).reshape(shape)
             mask = torch.cat(masks) if masks else None
         else:
             pixels = torch.empty(0, *shape[1:], dtype=torch.uint8)
             drawn = None if self.stream.draw_mask is None else self.stream.draw_mask(generator(0))
             mask = None if drawn is None else drawn[:0]
-        labels = torch.tensor([sample.label for sample, _ in usable for _ in range(count)], dtype=torch.long)
-        return Batch(pixels, labels, mask, skipped)
+        labels = torch.tensor([one.sample.label for one in usable], dtype=torch.long).repeat_interleave(count)
+        indices = torch.tensor([one.which for one in usable], dtype=torch.long).repeat_interleave(count)
+        return Batch(pixels, labels, mask, skipped, indices)
 
 
 def _as_a_worker(worker: int) -> None:

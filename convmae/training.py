@@ -295,7 +295,8 @@ class Session:
     def _nothing(self, count: int = 1) -> Batch:
         """Black samples that count for nothing, so that all processes take part in the exchange of gradients."""
         black = torch.zeros(count, 3, *self.run.model.size, dtype=torch.uint8)
-        return Batch(black, torch.zeros(count, dtype=torch.long), self.model.draw_masks(count, generator(0)), [])
+        none = torch.zeros(count, dtype=torch.long)
+        return Batch(black, none, self.model.draw_masks(count, generator(0)), [], none)
 
     def _count(self, done: _Done, skipped: list[UnusableFileError], seconds: float, waited: float) -> None:
         run, progress = self.run, self.progress
