@@ -19,7 +19,7 @@ import torch
 
 from convmae import checkpoint
 from convmae.distributed import state_of
-from convmae.optimisation import adamw
+from convmae.optimisation import adamw, parameter_groups
 from video import VideoConvMAE
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = getattr(VideoConvMAE, given.size)().build().to(device)
-    optimiser = adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+    optimiser = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.95))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .files import write_whole
-from .run import Pretrain
+from .run import Run
 from .run_folder import FAILURES, LAST, SLURM, failures, job_id, note
 from .training import fit
 
@@ -44,7 +44,7 @@ _LINES = 8  # of a traceback
 class Job:
     """What every process of a submitted run calls. It holds no state: a run goes on from its own folder."""
 
-    run: Pretrain
+    run: Run
 
     def __call__(self) -> None:
         """Meet the other processes of the job and carry out the run; told to stop, ask SLURM for another time."""

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -30,26 +31,23 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.progress import Task as ProgressTask
 from rich.text import Text
-from torch import Tensor
 
-from . import pictures, report, snapshot
+from . import report, snapshot
 from .builders import MAE
-from .data import Stream, generator, repeats
 from .files import append_line, lines, write_whole
+from .gallery import Gallery
+from .nn.masked_autoencoder import MaskedAutoencoder
 from .progress import Progress, Start, Step
-from .run import Pretrain
-from .run_folder import LAST, METRICS, SKIPPED, job_id, note
-from .targets import normalize
+from .run import Pretrain, Run
+from .run_folder import LAST, METRICS, SCORES, SKIPPED, job_id, note
 
 _log = logging.getLogger(__name__)
 
 SHOWN = ("loss", "learning_rate", "gradient_norm", "bad_steps", "samples_per_second", "data_wait", "skipped")
-STRIPS = 4  # samples in a picture
-OTHER_ORDER = 2**31  # of the samples for pictures: a detour that no run takes
 PAGE_SECONDS = 30  # least time between two writings of the page, longer where they take long
 
 
-def describe(run: Pretrain) -> str:
+def describe(run: Run) -> str:
     """A run as readable code, every field on its line and the model verb by verb."""
     lines = [f"{type(run).__name__}("]
     for field in dataclasses.fields(run):
@@ -72,7 +70,10 @@ class Journal:
 
     def __init__(self, start: Start, console: Console) -> None:
         self.start, self.run, self.folder, self.console = start, start.run, start.run.folder, console
-        self.gallery = _Gallery(start) if start.world.first or _needs_all(start) else None
+        self.pictures = start.run.pictures if isinstance(start.run, Pretrain) else 0
+        draws = self.pictures > 0 and isinstance(start.model, MaskedAutoencoder)
+        self.gallery = Gallery(start) if draws and (start.world.first or start.sharded) else None
+        self.examination = start.run.examination(start.learner, start.world, start.beat)
         self.closing = contextlib.ExitStack()
         self.number, self.saved = start.first, start.first
         self.last: dict[str, Any] = {}
@@ -84,6 +85,7 @@ class Journal:
                 self._open(closing)
                 self.closing = closing.pop_all()
         self._draw_if_due(self.start.first, missing_only=True)
+        self._examine_if_due(self.start.first, missing_only=True)
         return self
 
     def _open(self, closing: contextlib.ExitStack) -> None:
@@ -104,6 +106,7 @@ class Journal:
         """Forget what will be told again; whether the last line is missing, as the run was killed before it came."""
         window, step = progress.window, progress.step
         told = _keep(self.folder / METRICS, step)
+        _keep(self.folder / SCORES, step)
         untold = window.closed and step > 0 and all(line["step"] != step for line in told)
         skipped = _keep(self.folder / SKIPPED, step if window.closed and not untold else window.since - 1)
         self.skipped = collections.Counter((line["file"], line["reason"]) for line in skipped)
@@ -145,6 +148,7 @@ class Journal:
             self._go_back(step.progress)
         else:
             self._draw_if_due(step.number)
+            self._examine_if_due(step.number)
 
     def _write(self, step: Step) -> None:
         for event in step.events:
@@ -202,7 +206,7 @@ class Journal:
 
     def _draw_if_due(self, number: int, *, missing_only: bool = False) -> None:
         """A picture at so many places of the run; one that a kill left out is drawn when the run goes on."""
-        count, total = self.run.pictures, self.start.total
+        count, total = self.pictures, self.start.total
         due = number > 0 and count > 0 and (number * count // total > (number - 1) * count // total)
         stem = self.folder / "pictures" / f"step-{number:08d}"
         if missing_only:
@@ -211,6 +215,33 @@ class Journal:
             paths = self.gallery.draw(stem)
             if paths and self.start.world.first:
                 self.board.add_image("reconstructions", _png(paths[0]), number, dataformats="HWC")
+
+    def _examine_if_due(self, number: int, *, missing_only: bool = False) -> None:
+        """What the run has learnt so far, after every so many epochs and at the end."""
+        start, examination = self.start, self.examination
+        if examination is None:
+            return
+        epochs = [at * self.run.batch_size / start.epoch / examination.every for at in (number - 1, number)]
+        last = number == start.total
+        due = examination.at_start if number == 0 else last or math.floor(epochs[1]) > math.floor(epochs[0])
+        if missing_only:
+            due = start.world.tell(lambda: due and all(line["step"] != number for line in lines(self.folder / SCORES)))
+        if not due:
+            return
+        began = time.monotonic()
+        scores = examination.take(last=last)
+        if start.world.first:
+            self._write_scores(number, scores, time.monotonic() - began)
+
+    def _write_scores(self, number: int, scores: dict[str, float], seconds: float) -> None:
+        epoch = round(number * self.run.batch_size / self.start.epoch, 4)
+        append_line(self.folder / SCORES, {"step": number, "epoch": epoch, **scores, "seconds": round(seconds, 2)})
+        for name, value in scores.items():
+            self.board.add_scalar(name, value, number)
+        if self.wandb is not None:
+            self.wandb.log(scores, step=number)
+        said = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.console.print(f"epoch {epoch:g}: {said}", highlight=False, markup=False, soft_wrap=True)
 
     def _write_page(self) -> None:
         began = time.time()
@@ -246,11 +277,6 @@ class Journal:
             print_(f"  {self.folder / name}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _needs_all(start: Start) -> bool:
-    """Whether a forward pass needs all processes, as each has a part of the model."""
-    return start.run.parallel == "fsdp" and start.world.size > 1
-
-
 def _open_wandb(start: Start) -> Any:
     """The run's page at Weights & Biases, the same one whenever it goes on; None where none is wanted."""
     if start.run.wandb is None:
@@ -262,50 +288,6 @@ def _open_wandb(start: Start) -> Any:
     if not page.exists():
         write_whole(page, uuid.uuid4().hex[:16])
     return wandb.init(project=start.run.wandb, name=folder.name, id=page.read_text(), resume="allow", dir=str(folder))
-
-
-class _Gallery:
-    """The same few samples under the same masks, so that a run's pictures can be compared."""
-
-    def __init__(self, start: Start) -> None:
-        self.start = start
-        self.x, self.mask = (None, None)
-        if start.run.pictures:
-            self.x, self.mask = start.world.tell(self._choose) if _needs_all(start) else self._choose()
-
-    def _choose(self) -> tuple[Tensor | None, Tensor | None]:
-        run, samples, model = self.start.run, self.start.samples, self.start.model
-        stream = Stream(samples, run.model.size, run.seed, batch_size=repeats(samples), detour=OTHER_ORDER)
-        loaded = stream.batches(
-            0, len(samples), workers=min(run.workers, 1), seconds=run.sample_seconds, method=run.worker_start
-        )
-        chosen: list[Tensor] = []
-        with contextlib.closing(loaded):
-            for [batch] in loaded:
-                chosen += batch.pixels[:1]
-                if len(chosen) == STRIPS:
-                    break
-        if not chosen:
-            return None, None
-        masks = model.masking(len(chosen), model.trunk.grid, generator(run.seed, 4))
-        return normalize(torch.stack(chosen)), masks[:: len(masks) // len(chosen)]
-
-    def draw(self, stem: Path) -> list[Path]:
-        """Reconstruct and save; nothing where the target cannot be turned back into pixels."""
-        model, device = self.start.model, self.start.world.device
-        if self.x is None or self.mask is None or not hasattr(model.target, "invert"):
-            return []
-        training = model.training
-        model.eval()
-        # eager: to compile for these few samples would take longer than all pictures of a run
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            x = self.x.to(device)
-            out = model(x, mask=self.mask)
-            rebuilt = model.reconstruct(x, out["prediction"], out["mask"])
-        model.train(training)
-        if not self.start.world.first:
-            return []
-        return pictures.save(stem, x.cpu(), out["mask"].cpu(), rebuilt.cpu(), rows=STRIPS)
 
 
 class _Display(contextlib.AbstractContextManager["_Display"]):

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint
 from .data import Samples
 from .distributed import World, state_of, take_up_state
+from .learners import Learner
 from .plain import from_plain, to_plain
 from .progress import Event, Progress, Window
-from .run import Pretrain, refusal_beside
+from .run import Run, refusal_beside
 from .run_folder import Checkpoints
 
 _log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ class Keeper:
     """Brings the state of a run to checkpoints, beside the training, and back."""
 
     def __init__(
-        self, run: Pretrain, world: World, model: nn.Module, optimiser: torch.optim.Optimizer, samples: Samples
+        self, run: Run, world: World, learner: Learner, optimiser: torch.optim.Optimizer, samples: Samples
     ) -> None:
-        self.run, self.world, self.model, self.optimiser = run, world, model, optimiser
+        self.run, self.world, self.learner, self.optimiser = run, world, learner, optimiser
         self.checkpoints = Checkpoints(run.folder, last=run.keep_last, every=run.keep_every)
         self.data = self.world.tell(lambda: _fingerprint(samples))
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -51,11 +51,13 @@ class Keeper:
         """
         began = time.monotonic()
         self.finish_writing()
-        weights, moments = state_of(self.model, self.optimiser)
+        weights, moments = state_of(self.learner.model, self.optimiser)
+        beside = self.learner.kept()
         if self.world.first:
             content = checkpoint.pack(
-                self.model,
+                self.learner.model,
                 weights,
+                **beside,
                 optimiser=moments,
                 run=to_plain(self.run),
                 progress=dataclasses.asdict(progress),
@@ -107,7 +109,8 @@ class Keeper:
         progress = self.world.tell(find)
         if progress is None:
             return None
-        take_up_state(self.model, self.optimiser, kept.get("weights", {}), kept.get("optimiser", {}))
+        take_up_state(self.learner.model, self.optimiser, kept.get("weights", {}), kept.get("optimiser", {}))
+        self.learner.take_up(kept)
         self.newest = progress["step"]
         return Progress(**{**progress, "window": Window(**progress["window"])})
 

@@ -29,7 +29,7 @@ import torch
 from .command import flag
 from .job import LAUNCHER, Job
 from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, ready_demo, require_gpus, say, suited
-from .run import Pretrain
+from .run import Run
 from .slurm import ENDLESS, Allocation, Slurm, choose_nodes, query_slurm, request, show, submit
 from .training import fit
 
@@ -75,7 +75,7 @@ def main(recipe: str) -> None:
     """Carry out the run that the command line describes; ends the program.
 
     Args:
-        recipe: `module:function` of the run without --recipe; the function takes nothing and returns a `Pretrain`.
+        recipe: `module:function` of the run without --recipe; the function takes nothing and returns a run.
 
     Exit codes: 0 done, or queued on SLURM; 1 the run failed; 2 it cannot be done as asked; 130 interrupted.
     """
@@ -118,7 +118,7 @@ def _program() -> str:
 # ---- recipe and flags ------------------------------------------------------------------------------------------------
 
 
-def find_recipe(name: str) -> tuple[Pretrain, str]:
+def find_recipe(name: str) -> tuple[Run, str]:
     """The run of the recipe `module:function`, and what its docstring says of it.
 
     Raises:
@@ -140,8 +140,8 @@ def find_recipe(name: str) -> tuple[Pretrain, str]:
         run = function()
     except ValueError as error:
         raise LaunchError(f"--recipe {name}: {error}") from error
-    if not isinstance(run, Pretrain):
-        raise LaunchError(f"--recipe {name} returned a {type(run).__name__}, not a Pretrain. {there}")
+    if not isinstance(run, Run):
+        raise LaunchError(f"--recipe {name} returned a {type(run).__name__}, not a run, such as Pretrain. {there}")
     return run, inspect.getdoc(function) or ""
 
 
@@ -164,13 +164,19 @@ def _import(name: str, module: str) -> Any:
 
 def _recipes_of(module: Any) -> list[str]:
     """The functions of a module that say that they return a run."""
-    names = []
+    names, kinds = [], {"Run", *_below(Run)}
     for name, function in inspect.getmembers(module, inspect.isfunction):
         returns = function.__annotations__.get("return", "")
         returns = returns if isinstance(returns, str) else getattr(returns, "__name__", "")
-        if returns.rpartition(".")[2] == Pretrain.__name__ and not _needs_arguments(function):
+        if returns.rpartition(".")[2] in kinds and not _needs_arguments(function):
             names.append(name)
     return names
+
+
+def _below(kind: type) -> set[str]:
+    """The names of the classes derived from one."""
+    below: list[type] = type.__subclasses__(kind)
+    return {name for own in below for name in (own.__name__, *_below(own))}
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:
@@ -179,7 +185,7 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return any(one.default is one.empty and one.kind not in variable for one in parameters)
 
 
-def _parse(name: str, run: Pretrain, about: str, arguments: list[str]) -> tuple[Launch, Slurm, Pretrain, str | None]:
+def _parse(name: str, run: Run, about: str, arguments: list[str]) -> tuple[Launch, Slurm, Run, str | None]:
     """Read the flags; tyro prints help and mistakes and ends the program."""
     import tyro
 
@@ -208,20 +214,32 @@ def _parse(name: str, run: Pretrain, about: str, arguments: list[str]) -> tuple[
 
 def _options(owner: Any, *before: Any) -> type:
     """A dataclass of the fields that a command line can give, with the owner's values as defaults, for tyro."""
-    hints, fields = typing.get_type_hints(type(owner)), list(before)
+    hints, fields, about = typing.get_type_hints(type(owner)), list(before), _about_fields(type(owner))
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
         if field.name != "data" and isinstance(value, _FLAGS):
             hint = hints[field.name]
-            annotation: Any = Annotated[hint, flag(hint, value, metavar=_METAVARS.get(field.name))]
+            metavar = _METAVARS.get(field.name)
+            annotation: Any = Annotated[hint, flag(hint, value, metavar=metavar, about=about.get(field.name))]
             fields.append((field.name, annotation, dataclasses.field(default=value)))
     return dataclasses.make_dataclass(type(owner).__name__, fields, namespace={"__doc__": type(owner).__doc__})
+
+
+def _about_fields(kind: type) -> dict[str, str]:
+    """What the docstrings of a class and of those it derives from say of each field."""
+    from docstring_parser import parse
+
+    told: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        for parameter in parse(owner.__doc__ or "").params:
+            told[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return told
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _with_data(run: Pretrain, given: str | None) -> Pretrain:
+def _with_data(run: Run, given: str | None) -> Run:
     """The run on the data of --data, $CONVMAE_DATA or the recipe, in this order, saying which."""
     source: Any = run.data
     fields = [field.name for field in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -262,7 +280,7 @@ def _with_data(run: Pretrain, given: str | None) -> Pretrain:
 # ---- the place -------------------------------------------------------------------------------------------------------
 
 
-def _choose(launch: Launch, slurm: Slurm, run: Pretrain) -> Place:
+def _choose(launch: Launch, slurm: Slurm, run: Run) -> Place:
     counts = {"nodes": launch.nodes, "tasks-per-node": launch.tasks_per_node, "cpus-per-task": slurm.cpus_per_task}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -297,11 +315,11 @@ def _given(*groups: Launch | Slurm, besides: Sequence[str] = ()) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def _gpus_here(run: Pretrain) -> int:
+def _gpus_here(run: Run) -> int:
     return 0 if run.device == "cpu" else torch.cuda.device_count()
 
 
-def _local_place(launch: Launch, slurm: Slurm, run: Pretrain, why: str) -> Place:
+def _local_place(launch: Launch, slurm: Slurm, run: Run, why: str) -> Place:
     """This machine: this process, or one a GPU if there are several."""
     if launch.nodes > 1:
         raise LaunchError(f"--nodes {launch.nodes} needs SLURM, but {why}: local and debug have one node, this machine")
@@ -325,7 +343,7 @@ def _local_place(launch: Launch, slurm: Slurm, run: Pretrain, why: str) -> Place
 # ---- this machine ----------------------------------------------------------------------------------------------------
 
 
-def _in_this_process(run: Pretrain) -> int:
+def _in_this_process(run: Run) -> int:
     try:
         finished = fit(run)
     except (FloatingPointError, OSError) as error:
@@ -339,7 +357,7 @@ def _in_this_process(run: Pretrain) -> int:
     return 0 if finished else 130
 
 
-def _on_this_machine(run: Pretrain, place: Place) -> int:
+def _on_this_machine(run: Run, place: Place) -> int:
     """Start a process a GPU through submitit, show what the first one prints, and wait until all have ended."""
     from submitit import LocalExecutor
 

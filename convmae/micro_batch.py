@@ -22,7 +22,7 @@ from .data import generator
 from .launch import find_recipe
 from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
-from .optimisation import adamw
+from .optimisation import adamw, parameter_groups
 from .place import LaunchError
 from .run import Pretrain
 from .training import autocast, compile_step
@@ -76,7 +76,7 @@ class Rehearsal:
         if run.compile:
             compile_step(self.model, self.model)
         self.autocast = autocast(run, device)
-        self.optimiser = adamw(self.model, weight_decay=run.weight_decay, betas=run.betas)
+        self.optimiser = adamw(parameter_groups(self.model, run.weight_decay), betas=run.betas)
 
     def step(self, samples: int) -> None:
         """An optimiser step over two micro-batches of so many samples.
@@ -299,9 +299,12 @@ def _say(trial: Trial) -> None:
 
 def _find(options: _Options) -> int:
     try:
-        run = options.changed(find_recipe(options.recipe)[0])
+        given = find_recipe(options.recipe)[0]
     except LaunchError as problem:
         raise ValueError(str(problem)) from problem
+    if not isinstance(given, Pretrain):
+        raise ValueError(f"--recipe {options.recipe} is a {type(given).__name__}: give one that pretrains")
+    run = options.changed(given)
     run.model.check()
     found = largest(run, margin=options.margin, tried=_say)
     limit = f"{found.limit_bytes / 2**30:.2f} GiB on {torch.cuda.get_device_name()}"

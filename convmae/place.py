@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .run import Pretrain, check, refusal
+from .run import Run, check, refusal
 from .run_folder import SLURM
 
 SWEEPS = f".{SLURM}"
@@ -75,7 +75,7 @@ def count_tasks(gpus: int, tasks_per_node: int | None) -> int:
     return gpus or tasks_per_node or 1
 
 
-def suited(run: Pretrain, gpus: int) -> Pretrain:
+def suited(run: Run, gpus: int) -> Run:
     """The run as it is carried out with so many GPUs on each node.
 
     Raises:
@@ -97,7 +97,7 @@ def suited(run: Pretrain, gpus: int) -> Pretrain:
     return run
 
 
-def ready_demo(run: Pretrain) -> None:
+def ready_demo(run: Run) -> None:
     """Make the demo set now, if it is the data: the processes of a job would each begin to."""
     if getattr(run.data, "root", "") is None:
         try:
@@ -106,7 +106,7 @@ def ready_demo(run: Pretrain) -> None:
             raise LaunchError(str(error)) from error
 
 
-def logs(runs: Sequence[Pretrain]) -> Path:
+def logs(runs: Sequence[Run]) -> Path:
     """Where submitit keeps what was submitted and what it printed, by job; of several runs, above their folders."""
     if len(runs) == 1:
         return runs[0].folder / SLURM / "%j"

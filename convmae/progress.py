@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import nn
+
 from .data import Samples, UnusableFileError, repeats
 from .distributed import World
-from .nn.masked_autoencoder import MaskedAutoencoder
-from .run import Pretrain
+from .learners import Learner
+from .run import Run
 
 
 @dataclass
@@ -74,13 +77,25 @@ class Event(NamedTuple):
 class Start:
     """A run that is about to begin or to go on."""
 
-    run: Pretrain
+    run: Run
     world: World
-    model: MaskedAutoencoder
+    learner: Learner
     samples: Samples
     first: int
     total: int
     progress: Progress
+    beat: Callable[[], None]
+    """To be called from time to time in whatever takes long between steps: the watchdog would end the process."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained, by itself."""
+        return self.learner.model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward pass needs all processes, as each has a part of the model."""
+        return self.run.parallel == "fsdp" and self.world.size > 1
 
     @property
     def epoch(self) -> int:

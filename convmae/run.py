@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,9 @@ from typing import Any, Literal
 import torch
 
 from .builders import MAE
-from .data import Source, StartMethod
+from .data import Samples, Source, StartMethod
+from .distributed import World
+from .learners import Examination, Learner, Reconstruction
 from .optimisation import learning_rate
 from .plain import from_plain, to_plain
 from .run_folder import in_use, kept_run
@@ -43,11 +46,13 @@ FREE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """A pretraining run: everything that decides its result, and where it is kept.
+class Run:
+    """What every training run has: all that decides its result, and where it is kept.
+
+    `Pretrain` is one, `convmae.finetune.Finetune` another.
 
     Args:
-        model: the builder of the masked autoencoder.
+        model: the builder of what is trained.
         data: the source of samples, loaded at the model's input size.
         epochs: passes over the data.
         batch_size: samples of one optimiser step, over all processes and accumulated micro-batches.
@@ -78,7 +83,6 @@ class Pretrain:
         rollbacks: how often it goes back before it stops with an error.
         hang_minutes: a process that makes no step for so long, what you do in between included, ends, and with it all.
         log_every: steps between lines of metrics.
-        pictures: how many times during the run reconstructions are drawn.
         wandb: the Weights & Biases project that metrics go to as well; needs `pip install wandb`. None: none.
 
     Raises:
@@ -115,45 +119,45 @@ class Pretrain:
     rollbacks: int = 2
     hang_minutes: float = 20
     log_every: int = 10
-    pictures: int = 10
     wandb: str | None = None
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must be {what}; got {getattr(self, name)!r}"
-            for name, what, holds in (
-                ("epochs", "positive", self.epochs > 0),
-                ("batch_size", "1 or more", self.batch_size >= 1),
-                ("base_lr", "positive", self.base_lr > 0),
-                ("min_lr", "0 or more", self.min_lr >= 0),
-                (
-                    "warmup_epochs",
-                    f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
-                    0 <= self.warmup_epochs < self.epochs,
-                ),
-                ("betas", "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)),
-                ("weight_decay", "0 or more", self.weight_decay >= 0),
-                ("clip_gradient", "0 or more", self.clip_gradient >= 0),
-                ("seed", "0 or more", self.seed >= 0),
-                ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
-                ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
-                ("workers", "0 or more", self.workers >= 0),
-                ("sample_seconds", "positive", self.sample_seconds > 0),
-                ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
-                ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
-                ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),
-                ("keep_last", "1 or more", self.keep_last >= 1),
-                ("keep_every", "1 or more, or None", self.keep_every is None or self.keep_every >= 1),
-                ("bad_steps", "1 or more", self.bad_steps >= 1),
-                ("rollbacks", "0 or more", self.rollbacks >= 0),
-                ("hang_minutes", "positive", self.hang_minutes > 0),
-                ("log_every", "1 or more", self.log_every >= 1),
-                ("pictures", "0 or more", self.pictures >= 0),
-            )
-            if not holds
+            f"{name} must be {what}; got {getattr(self, name)!r}" for name, what, holds in self.demands() if not holds
         ]
         if problems:
             raise ValueError("this run cannot be:" + "".join(f"\n  - {problem}" for problem in problems))
+
+    def demands(self) -> list[tuple[str, str, bool]]:
+        """What the fields must be: name, words, and whether it holds."""
+        return [
+            ("epochs", "positive", self.epochs > 0),
+            ("batch_size", "1 or more", self.batch_size >= 1),
+            ("base_lr", "positive", self.base_lr > 0),
+            ("min_lr", "0 or more", self.min_lr >= 0),
+            (
+                "warmup_epochs",
+                f"0 or more, and less than epochs, {self.epochs:g} (change both together)",
+                0 <= self.warmup_epochs < self.epochs,
+            ),
+            ("betas", "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)),
+            ("weight_decay", "0 or more", self.weight_decay >= 0),
+            ("clip_gradient", "0 or more", self.clip_gradient >= 0),
+            ("seed", "0 or more", self.seed >= 0),
+            ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
+            ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
+            ("workers", "0 or more", self.workers >= 0),
+            ("sample_seconds", "positive", self.sample_seconds > 0),
+            ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
+            ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
+            ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),
+            ("keep_last", "1 or more", self.keep_last >= 1),
+            ("keep_every", "1 or more, or None", self.keep_every is None or self.keep_every >= 1),
+            ("bad_steps", "1 or more", self.bad_steps >= 1),
+            ("rollbacks", "0 or more", self.rollbacks >= 0),
+            ("hang_minutes", "positive", self.hang_minutes > 0),
+            ("log_every", "1 or more", self.log_every >= 1),
+        ]
 
     @property
     def peak_lr(self) -> float:
@@ -166,8 +170,44 @@ class Pretrain:
             step / total, peak=self.peak_lr, floor=self.min_lr, warmup=self.warmup_epochs / self.epochs
         )
 
+    def learner(self, samples: Samples) -> Learner:
+        """What is trained, on the CPU, initialised from torch's global random state or from where the run starts.
 
-def check(run: Pretrain) -> None:
+        Raises ValueError where it cannot be built, or does not suit the samples.
+        """
+        raise NotImplementedError
+
+    def examination(self, learner: Learner, world: World, beat: Callable[[], None]) -> Examination | None:
+        """What tells from time to time how much was learnt; None: nothing does.
+
+        `beat` is to be called after every batch, for whatever makes no step for long is taken to hang.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Run):
+    """A pretraining run: a masked autoencoder learns to fill in what is hidden.
+
+    Args:
+        model: the builder of the masked autoencoder.
+        pictures: how many times during the run reconstructions are drawn.
+
+    And all fields of `Run`.
+    """
+
+    pictures: int = 10
+
+    def demands(self) -> list[tuple[str, str, bool]]:
+        """What the fields must be."""
+        return [*super().demands(), ("pictures", "0 or more", self.pictures >= 0)]
+
+    def learner(self, samples: Samples) -> Learner:
+        """The masked autoencoder, as its builder initialises it."""
+        return Reconstruction(self.model.build())
+
+
+def check(run: Run) -> None:
     """Refuse now what the first checkpoint or the journal would refuse."""
     if run.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"--wandb {run.wandb}: wandb is not installed; pip install wandb")
@@ -183,7 +223,7 @@ def check(run: Pretrain) -> None:
         raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
 
 
-def refusal(run: Pretrain) -> str | None:
+def refusal(run: Run) -> str | None:
     """Why this run cannot go on in its folder: another process trains there, or it holds another run. None: it can."""
     if occupant := in_use(run.folder):
         return occupant
@@ -191,7 +231,7 @@ def refusal(run: Pretrain) -> str | None:
     return None if kept is None else refusal_beside(run, kept)
 
 
-def refusal_beside(run: Pretrain, kept: Any) -> str | None:
+def refusal_beside(run: Run, kept: Any) -> str | None:
     """Why this run cannot go on from the checkpoint of another, in its plain form; None: it can."""
     try:
         before = from_plain(kept)

@@ -28,7 +28,7 @@ from .files import append_line, sweep, write_whole
 _log = logging.getLogger(__name__)
 
 LAST, CHECKPOINTS, FAILURES, SLURM, LOCK = "last.pt", "checkpoints", "failures", "slurm", ".lock"
-METRICS, SKIPPED, EVENTS = "metrics.jsonl", "skipped.jsonl", "events.jsonl"
+METRICS, SCORES, SKIPPED, EVENTS = "metrics.jsonl", "scores.jsonl", "skipped.jsonl", "events.jsonl"
 
 
 class InUseError(ValueError):

@@ -31,7 +31,7 @@ from .place import (
     suited,
 )
 from .plain import to_plain
-from .run import Pretrain
+from .run import Run
 from .run_folder import SLURM
 from .training import fit
 
@@ -297,7 +297,7 @@ def show(request: dict[str, Any]) -> None:
             print(f"         {name.removeprefix('slurm_').replace('_', '-'):<23}{shown}")
 
 
-def submit(runs: Sequence[Pretrain], request: dict[str, Any]) -> list[str]:
+def submit(runs: Sequence[Run], request: dict[str, Any]) -> list[str]:
     """Queue a run, or several as one job array, and say how to follow them: the ids of the jobs.
 
     Raises:
@@ -317,7 +317,7 @@ def submit(runs: Sequence[Pretrain], request: dict[str, Any]) -> list[str]:
     return ids
 
 
-def _queue(runs: list[Pretrain], request: dict[str, Any]) -> list[Any]:
+def _queue(runs: list[Run], request: dict[str, Any]) -> list[Any]:
     import submitit
 
     if "SLURM_JOB_ID" in os.environ:  # what describes the job that we are in is not for the new one
@@ -338,7 +338,7 @@ def _queue(runs: list[Pretrain], request: dict[str, Any]) -> list[Any]:
     return jobs
 
 
-def _setup(runs: list[Pretrain], request: dict[str, Any]) -> list[str]:
+def _setup(runs: list[Run], request: dict[str, Any]) -> list[str]:
     """What the batch script does first: find the run, remove what a killed attempt left, import the code submitted."""
     code = snapshot.take(runs[0].folder, _modules(tuple(map(to_plain, runs))))
     for run in runs[1:]:
@@ -375,7 +375,7 @@ _TEARDOWN = [
 ]
 
 
-def _tell(runs: list[Pretrain], jobs: list[Any]) -> None:
+def _tell(runs: list[Run], jobs: list[Any]) -> None:
     """How to follow and cancel what is queued."""
     first, number = jobs[0], jobs[0].job_id.partition("_")[0]
     several = len(jobs) > 1
@@ -393,7 +393,7 @@ def _tell(runs: list[Pretrain], jobs: list[Any]) -> None:
 
 
 def sweep(
-    runs: Sequence[Pretrain],
+    runs: Sequence[Run],
     *,
     nodes: int = 1,
     gpus_per_node: int | None = None,

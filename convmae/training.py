@@ -1,8 +1,8 @@
 """The training loop: a run is a frozen description, `steps(run)` carries it out, `fit(run)` keeps a journal as well.
 
-The loop asks little of a model: masks to draw, and `model(x, mask=mask)` giving a dict with a scalar `loss`. A run
-lives in its folder, and running it again goes on from the newest checkpoint there: on the same number of processes
-with the same bits as if it had never stopped: on the CPU, and on GPUs as far as `deterministic` goes.
+The loop asks little of what it trains: how a batch becomes a loss (`convmae.learners`). A run lives in its folder, and
+running it again goes on from the newest checkpoint there: on the same number of processes with the same bits as if it
+had never stopped: on the CPU, and on GPUs as far as `deterministic` goes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from . import masking
-from .data import Batch, Samples, Stream, UnusableFileError, generator
+from .data import Batch, Samples, Stream, UnusableFileError, generator, repeats
 from .distributed import World, join, synchronised
-from .grids import Shown
 from .keeper import Keeper
+from .learners import Learner
 from .nn.layers import blocks, recompute
-from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw
 from .progress import Event, Progress, Start, Step, Window
-from .run import Pretrain, check, refusal
+from .run import Pretrain, Run, check, refusal
 from .run_folder import Checkpoints, InUseError, failures, forget_failures, note, occupied, record_failure
 from .watchdog import Watchdog
 
@@ -43,7 +41,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["Event", "Pretrain", "Progress", "Session", "Start", "Step", "Window", "fit", "opened", "refusal", "steps"]
 
 
-def steps(run: Pretrain) -> Iterator[Step]:
+def steps(run: Run) -> Iterator[Step]:
     """Train, from the folder's newest checkpoint if there is one; yields after every optimiser step.
 
     A hook is the body of your `for`. Checkpoints are written beside the training, when `checkpoint_minutes` have passed
@@ -61,7 +59,7 @@ def steps(run: Pretrain) -> Iterator[Step]:
 
 
 @contextmanager
-def opened(run: Pretrain) -> Iterator[Session]:
+def opened(run: Run) -> Iterator[Session]:
     """A run about to begin or to go on, whose steps are then taken by iterating; raises what `steps` does."""
     check(run)
     session: Session | None = None
@@ -75,12 +73,12 @@ def opened(run: Pretrain) -> Iterator[Session]:
         watchdog = stack.enter_context(Watchdog(run.hang_minutes, last_words))
         try:
             world = stack.enter_context(join(run.device, minutes=run.hang_minutes))
-            torch.manual_seed(run.seed)
-            model = run.model.build()
             samples = world.tell(lambda: run.data.open(run.model.size))
+            torch.manual_seed(run.seed)
+            learner = run.learner(samples)
             world.tell(lambda: stack.enter_context(_in_folder(run)))
             watchdog.beat()
-            session = stack.enter_context(Session(run, world, model, samples, stop, watchdog))
+            session = stack.enter_context(Session(run, world, learner, samples, stop, watchdog))
             yield session
         except InUseError:
             raise  # the folder is another's
@@ -90,7 +88,7 @@ def opened(run: Pretrain) -> Iterator[Session]:
 
 
 @contextmanager
-def _in_folder(run: Pretrain) -> Iterator[None]:
+def _in_folder(run: Run) -> Iterator[None]:
     """The run's folder, made where it is not there, locked and swept; the first process holds it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with occupied(run.folder):
@@ -106,14 +104,15 @@ class Session:
 
     def __init__(
         self,
-        run: Pretrain,
+        run: Run,
         world: World,
-        model: MaskedAutoencoder,
+        learner: Learner,
         samples: Samples,
         stop: threading.Event,
         watchdog: Watchdog,
     ) -> None:
-        self.run, self.world, self.model, self.stop = run, world, model.to(world.device), stop
+        self.run, self.world, self.learner, self.stop = run, world, learner, stop
+        self.model = model = learner.model.to(world.device)
         self.watchdog = watchdog
         self.autocast = autocast(run, world.device)
         self.stream = Stream(
@@ -124,15 +123,17 @@ class Session:
             rank=world.rank,
             world=world.size,
             micro_batch=run.micro_batch,
-            draw_mask=_DrawMask(model),
+            draw_mask=learner.draw_mask,
         )
         if run.recompute:
             recompute(model)
         self.network = world.share(model, sharded=run.parallel == "fsdp")
         if run.compile:
             compile_step(self.network, model)
-        self.optimiser = adamw(model, weight_decay=run.weight_decay, betas=run.betas)
-        self.keeper = Keeper(run, world, model, self.optimiser, samples)
+        groups = learner.parameter_groups(run.weight_decay)
+        self.scales = [group.pop("scale") for group in groups]
+        self.optimiser = adamw(groups, betas=run.betas)
+        self.keeper = Keeper(run, world, learner, self.optimiser, samples)
         kept = self.keeper.take_up()
         self.progress = kept or Progress()
         if kept is None:
@@ -140,7 +141,7 @@ class Session:
             self.keeper.finish_writing()
         self.bad_in_a_row = 0
         total = self.stream.steps_in(run.epochs)
-        self.start = Start(run, world, model, samples, self.progress.step, total, self.progress)
+        self.start = Start(run, world, learner, samples, self.progress.step, total, self.progress, watchdog.beat)
 
     def __enter__(self) -> Session:
         return self
@@ -167,11 +168,12 @@ class Session:
         add up its first step in another order than one that was not interrupted, and so end with other bits.
         """
         if isinstance(self.network, DistributedDataParallel):
-            x, mask = self._to_device(self._nothing(len(self.stream.share(0)[0]) or 1))
+            nothing = self.learner.nothing(len(self.stream.share(0)[0]) * repeats(self.stream.samples) or 1)
+            inputs = self.learner.inputs(nothing, self.world.device, generator(0))
             self.model.train()
             with self.autocast:
-                loss = self.network(x, mask=mask)["loss"]
-            loss.backward()
+                loss = self.learner.loss(self.network, inputs)
+            torch.autograd.backward(loss)
             self.optimiser.zero_grad(set_to_none=True)
 
     def _along(self, stream: Stream) -> Iterator[Step]:
@@ -259,11 +261,12 @@ class Session:
         losses = []
         for at, batch in enumerate(batches):
             count = len(batch.pixels)
-            x, mask = self._to_device(batch if count else self._nothing())
+            random = generator(run.seed, 6, number, world.rank, at)
+            inputs = self.learner.inputs(batch if count else self.learner.nothing(), world.device, random)
             with synchronised(self.network, at == len(batches) - 1):
                 with self.autocast:
-                    loss = self.network(x, mask=mask)["loss"]
-                (loss * count).backward()
+                    loss = self.learner.loss(self.network, inputs)
+                torch.autograd.backward(loss * count)
             losses.append(loss.detach())
             sums[0] += losses[-1].double() * count
             sums[1] += count
@@ -280,23 +283,12 @@ class Session:
         total, samples, stopping, due, norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
         done = _Done(total / samples if samples else math.nan, norm, int(samples), stopping > 0, due > 0, losses)
         if samples and not done.bad:
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
+            for group, part in zip(self.optimiser.param_groups, self.scales, strict=True):
+                group["lr"] = rate * part
             self.optimiser.step()
+            self.learner.after_step()
         self.optimiser.zero_grad(set_to_none=True)
         return done
-
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Shown]:
-        """Pixels, uint8 until they are there, and what the mask shows, worked out here: a GPU is not waited for."""
-        device = self.world.device
-        shown = self.model.trunk.shown(batch.mask, device=device)
-        return batch.pixels.to(device, non_blocking=True), shown
-
-    def _nothing(self, count: int = 1) -> Batch:
-        """Black samples that count for nothing, so that all processes take part in the exchange of gradients."""
-        black = torch.zeros(count, 3, *self.run.model.size, dtype=torch.uint8)
-        none = torch.zeros(count, dtype=torch.long)
-        return Batch(black, none, self.model.draw_masks(count, generator(0)), [], none)
 
     def _count(self, done: _Done, skipped: list[UnusableFileError], seconds: float, waited: float) -> None:
         run, progress = self.run, self.progress
@@ -369,17 +361,7 @@ class _Done(NamedTuple):
         return self.samples > 0 and not (math.isfinite(self.loss) and math.isfinite(self.norm))
 
 
-class _DrawMask:
-    """A sample's mask from a generator; a class, so that it pickles into loader workers without the model."""
-
-    def __init__(self, model: MaskedAutoencoder) -> None:
-        self.masking, self.part, self.grid = model.masking, model.part, model.trunk.grid
-
-    def __call__(self, generator: torch.Generator) -> Tensor:
-        return masking.draw(self.masking, self.part, 1, self.grid, generator)
-
-
-def autocast(run: Pretrain, device: torch.device) -> Any:
+def autocast(run: Run, device: torch.device) -> Any:
     """The precision of a run's forward pass on a device."""
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     enabled = run.precision == "bfloat16" or (run.precision == "auto" and has_bfloat16)
@@ -436,7 +418,7 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def fit(run: Pretrain) -> bool:
+def fit(run: Run) -> bool:
     """Carry out a run here and now, with progress on the console and its journal in the run's folder.
 
     The folder then holds checkpoints and `last.pt`, `metrics.jsonl`, `skipped.jsonl`, `events.jsonl`, `tensorboard/`,

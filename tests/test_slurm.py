@@ -22,7 +22,7 @@ from convmae import job, snapshot
 from convmae.job import CRASHES, CRASHES_IN_ALL, Job
 from convmae.launch import find_recipe
 from convmae.place import LaunchError
-from convmae.run import Pretrain
+from convmae.run import Run
 from convmae.slurm import Slurm, count_gpus, parse_partitions, sweep
 
 __all__ = ["desk", "lab", "says"]
@@ -503,7 +503,7 @@ def test_a_job_told_to_stop_saves_and_is_queued_again_unless_slurm_ends_it_itsel
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def rates(desk: Path, **changes: Any) -> list[Pretrain]:
+def rates(desk: Path, **changes: Any) -> list[Run]:
     run = replace(find_recipe("lab_recipes:tiny")[0], **changes)
     return [replace(run, base_lr=rate, folder=Path(f"runs/lr-{rate:g}")) for rate in (1e-4, 2e-4)]
 
