@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grids import Grid, product
 from .masking import Masking, Part
 from .masking import random as random_masking
 from .nn import initialisation
+from .nn.backbone import Backbone as BackboneModule
+from .nn.backbone import problems_of
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.classifier import Pooling
 from .nn.masked_autoencoder import Decoder as DecoderModule
@@ -246,6 +248,11 @@ class MAE:
     def classifier(self, classes: int, *, pooling: Pooling = "mean", dropout: float = 0.0) -> Classifier:
         """The finetuning network over the same trunk, for so many classes."""
         return Classifier(backbone=self, classes=classes, pooling=pooling, dropout=dropout)
+
+    def backbone(self, *, stages: Sequence[int] | None = None, norm: bool = False, any_size: bool = False) -> Backbone:
+        """The maps of the same trunk's stages, for detection and the like; see `Backbone`."""
+        chosen = None if stages is None else tuple(stages)
+        return Backbone(backbone=self, stages=chosen, norm=norm, any_size=any_size)
 
     @property
     def stride(self) -> Grid:
@@ -549,3 +556,66 @@ class Classifier:
         initialisation.for_finetuning(model, head_std=self.head_std)
         model.builder = self
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """The maps of a masked autoencoder's trunk, stage by stage; made by `MAE.backbone(...)`.
+
+    Args:
+        backbone: the builder whose trunk it is; its masking, decoder, target and fusion play no part.
+        stages: those whose maps are given, ascending from 0; None: all. Stages after the last of them are not built.
+        norm: a LayerNorm over the channels of the last stage's map; a new one, for that of pretraining is fed with the
+            fused sum.
+        any_size: take inputs of any size that is a multiple of the stride, not of `size` alone.
+
+    Raises:
+        ValueError: there is no such stage, or a norm but not the last stage's map.
+    """
+
+    backbone: MAE
+    stages: tuple[int, ...] | None = None
+    norm: bool = False
+    any_size: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.backbone.trunk)
+        if problems := problems_of(range(count) if self.stages is None else self.stages, count, norm=self.norm):
+            raise ValueError(f"Backbone: {'; '.join(problems)}")
+
+    @property
+    def size(self) -> Grid:
+        """Input size in pixels."""
+        return self.backbone.size
+
+    def input(self, size: int | Sequence[int]) -> Backbone:
+        """Take inputs of this size in pixels; see `MAE.input`."""
+        return replace(self, backbone=self.backbone.input(size))
+
+    def build(self) -> BackboneModule:
+        """The module, its trunk initialised as a classifier's. Raises ValueError as the trunk's `build`."""
+        trunk = self.backbone.classifier(1).build().trunk
+        model = BackboneModule(trunk, stages=self.stages, norm=self.norm, any_size=self.any_size)
+        model.builder = self
+        return model
+
+
+def backbone_of(model: nn.Module, *, stages: Sequence[int] | None = None, any_size: bool = False) -> BackboneModule:
+    """The backbone of a model that has a trunk, as a masked autoencoder or a classifier: shared, nothing is copied.
+
+    Weights, modes and devices are the trunk's, so that what is done to one model is done to the other. Positions are
+    trained where the model trains them. Stages and sizes are those of `Backbone`; there is no norm, as a model's own
+    is not for this map (a masked autoencoder's is fed with the fused sum, a classifier's with the pooled tokens).
+
+    Raises:
+        ValueError: the model has no trunk, or there is no such stage.
+    """
+    trunk, builder = getattr(model, "trunk", None), getattr(model, "builder", None)
+    if not isinstance(trunk, Trunk):
+        raise ValueError(f"a {type(model).__name__} has no .trunk: give a masked autoencoder or a classifier")
+    found = BackboneModule(trunk, stages=stages, any_size=any_size)
+    found.training = trunk.training
+    owner = builder.backbone if isinstance(builder, Classifier | Backbone) else builder
+    if isinstance(owner, MAE):
+        found.builder = Backbone(backbone=owner, stages=found.stages, any_size=any_size)
+    return found

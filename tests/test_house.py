@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"convmae.nn.tile_convolution"},
     {"convmae.nn.layers"},
     {"convmae.nn.trunk"},
-    {"convmae.nn.classifier", "convmae.nn.masked_autoencoder"},
+    {"convmae.nn.backbone", "convmae.nn.classifier", "convmae.nn.masked_autoencoder"},
     {"convmae.nn.initialisation", "convmae.nn"},
     {"convmae.builders"},
     {"convmae.checkpoint"},
