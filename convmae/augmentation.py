@@ -1,4 +1,4 @@
-"""What is done to pixels before a model learns from them, beside random crops (`convmae.images`).
+"""What is done to pixels before a model learns from them, beside crops (`convmae.images`).
 
 - To each sample where it is loaded, and the same to every frame of a clip: flips, colours, RandAugment.
 - To a batch, on whatever device it is: erased boxes, mixup, cutmix.
@@ -12,63 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convmae.images import resize
+from convmae.images import Augment as Augment
+from convmae.images import CentreCrop as CentreCrop  # once defined here: checkpoints of then look for it here
 from convmae.targets import unit_range
-
-
-class Augment(Protocol):
-    """Changes an image at random, or every frame of a clip in the same way."""
-
-    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Pixels uint8 `(..., 3, h, w)` to as many of the same kind."""
-        ...
-
-
-# Parts of a picture
-
-
-def cover(pixels: Tensor, size: tuple[int, int], *, mode: Literal["bilinear", "bicubic"], ratio: float = 1.0) -> Tensor:
-    """Resize pixels uint8 `(..., 3, h, w)`, their aspect kept, so that they just cover `ratio` times `size`."""
-    height, width = pixels.shape[-2:]
-    rows, columns = (round(side * ratio) for side in size)
-    if rows * width >= columns * height:
-        return resize(pixels, (rows, rows * width // height), mode)
-    return resize(pixels, (columns * height // width, columns), mode)
-
-
-def window(pixels: Tensor, size: tuple[int, int], place: float) -> Tensor:
-    """Cut `size` out of pixels `(..., h, w)`, at 0 the top left, at 1 the bottom right, and between."""
-    top, left = (round(place * (there - wanted)) for there, wanted in zip(pixels.shape[-2:], size, strict=True))
-    return pixels[..., top : top + size[0], left : left + size[1]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CentreCrop:
-    """The centre, for tests: pixels are resized to cover `ratio` times the size, then cut.
-
-    The default is ImageNet's usual test: short side 256 for crops of 224, bicubic. Ratio 1 keeps all of that side.
-    """
-
-    ratio: float = 256 / 224
-    mode: Literal["bilinear", "bicubic"] = "bicubic"
-
-    def __post_init__(self) -> None:
-        _within(1, math.inf, ratio=self.ratio)
-
-    def __call__(self, pixels: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`; nothing is drawn."""
-        return window(cover(pixels, size, mode=self.mode, ratio=self.ratio), size, 0.5)
-
-    def short_side(self, size: tuple[int, int]) -> int:
-        """The input's short side, in pixels, from which on a larger input would only be resized down."""
-        return math.ceil(max(size) * self.ratio)
-
 
 # Of each sample
 

@@ -1,6 +1,6 @@
 """Images from a folder: what is listed, how one is loaded, and how it is cropped.
 
-The `Crop` protocol also serves clips.
+The protocols `Crop` and `Augment` also serve clips, and so do the crops.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import io
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch.nn.functional import interpolate
 
 from convmae.data import Packed, Sample, UnusableFileError
 from convmae.demo import make
-from convmae.listing import Listing, listing
+from convmae.folder import part
+from convmae.listing import Listing
 
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
@@ -38,6 +39,14 @@ class Crop(Protocol):
         ...
 
 
+class Augment(Protocol):
+    """Changes an image at random, or every frame of a clip in the same way."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Pixels uint8 `(..., 3, h, w)` to as many of the same kind."""
+        ...
+
+
 def resize(pixels: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
     """Resize pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`, without aliasing.
 
@@ -45,6 +54,44 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bic
     """
     batch = pixels.reshape(-1, *pixels.shape[-3:])
     return interpolate(batch, list(size), mode=mode, antialias=True).reshape(*pixels.shape[:-2], *size)
+
+
+def cover(pixels: Tensor, size: tuple[int, int], *, mode: Literal["bilinear", "bicubic"], ratio: float = 1.0) -> Tensor:
+    """Resize pixels uint8 `(..., 3, h, w)`, their aspect kept, so that they just cover `ratio` times `size`."""
+    height, width = pixels.shape[-2:]
+    rows, columns = (round(side * ratio) for side in size)
+    if rows * width >= columns * height:
+        return resize(pixels, (rows, rows * width // height), mode)
+    return resize(pixels, (columns * height // width, columns), mode)
+
+
+def window(pixels: Tensor, size: tuple[int, int], place: float) -> Tensor:
+    """Cut `size` out of pixels `(..., h, w)`, at 0 the top left, at 1 the bottom right, and between."""
+    top, left = (round(place * (there - wanted)) for there, wanted in zip(pixels.shape[-2:], size, strict=True))
+    return pixels[..., top : top + size[0], left : left + size[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentreCrop:
+    """The centre, for tests: pixels are resized to cover `ratio` times the size, then cut.
+
+    The default is ImageNet's usual test: short side 256 for crops of 224, bicubic. Ratio 1 keeps all of that side.
+    """
+
+    ratio: float = 256 / 224
+    mode: Literal["bilinear", "bicubic"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio}: must be a number from 1, for less would not cover the size")
+
+    def __call__(self, pixels: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Crop pixels uint8 `(..., 3, h, w)` to `(..., 3, *size)`; nothing is drawn."""
+        return window(cover(pixels, size, mode=self.mode, ratio=self.ratio), size, 0.5)
+
+    def short_side(self, size: tuple[int, int]) -> int:
+        """The input's short side, in pixels, from which on a larger input would only be resized down."""
+        return math.ceil(max(size) * self.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,42 +136,58 @@ class Stills:
     Args:
         crop: which part is shown.
         flip: mirror left and right with probability 1/2.
+        augment: what else is done to a cropped image, in order; see `convmae.augmentation`.
     """
 
     crop: Crop = RandomResizedCrop()
     flip: bool = True
+    augment: tuple[Augment, ...] = ()
 
     def check(self, size: tuple[int, ...]) -> None:
         """Refuse what cannot be: raises ValueError for a size without two axes."""
         if len(size) != 2:
             raise ValueError(f"{type(self).__name__} loads (H, W) pixels, but the model's input is {size}")
 
+    def as_test(self) -> Self:
+        """The same images as a test looks at them: the centre, and nothing is drawn."""
+        return replace(self, crop=CentreCrop(), flip=False, augment=())
+
     def load(self, file: str | Packed, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Load an image, cropped and flipped at random, uint8 `(3, H, W)`.
+        """Load an image, cropped, flipped and augmented at random, uint8 `(3, H, W)`.
 
         Raises `UnusableFileError` as `read` does.
         """
         pixels = self.crop(read(file), size, generator)
         if self.flip and _below(2, generator):
             pixels = pixels.flip(-1)
+        for augment in self.augment:
+            pixels = augment(pixels, generator)
         return pixels.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Stills):
-    """Images below `root`, without one the built-in demonstration stills; subfolders, if any, are the classes."""
+    """Images below `root`, without one the built-in demonstration stills; subfolders, if any, are the classes.
+
+    With a `split`, such as "val", those of this subfolder of `root` alone: see `convmae.folder.part`. Without one, the
+    demonstration's "train".
+    """
 
     root: Path | None = None
+    split: str | None = None
 
     def open(self, size: tuple[int, ...]) -> ImageSamples:
         """List the images, to be loaded at `size`, `(H, W)` pixels.
 
-        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image, or the
-        demonstration set cannot be written.
+        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image or no such split,
+        or the demonstration set cannot be written.
         """
         self.check(size)
-        root = make() / "train" if self.root is None else self.root
-        return ImageSamples(source=self, root=root, size=(size[0], size[1]), listing=listing(root, IMAGE_SUFFIXES))
+        root = self.root
+        if root is None:
+            root = make() / "train" if self.split is None else make()
+        found = part(root, self.split, IMAGE_SUFFIXES)
+        return ImageSamples(source=self, root=root, size=(size[0], size[1]), listing=found)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +198,11 @@ class ImageSamples:
     root: Path
     size: tuple[int, int]
     listing: Listing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.listing.classes
 
     def __len__(self) -> int:
         return len(self.listing.files)
@@ -147,7 +215,7 @@ class ImageSamples:
         return os.path.join(self.root, self.listing.files[index])
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
-        """Load one image, cropped and flipped at random, uint8 `(3, H, W)`.
+        """Load one image; see `Stills.load`.
 
         Raises `UnusableFileError` for a file that is not a whole image.
         """

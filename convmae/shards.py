@@ -666,6 +666,11 @@ class ImageShardSamples:
     size: tuple[int, int]
     members: Members
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, where the index has them."""
+        return self.members.classes
+
     def __len__(self) -> int:
         return len(self.members)
 
@@ -683,7 +688,7 @@ class ImageShardSamples:
         return self.members.order(generator)
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
-        """Load one image, cropped and flipped at random, uint8 `(3, H, W)`.
+        """Load one image; see `Stills.load`.
 
         Raises `UnusableFileError` where it cannot be fetched, or is not a whole image.
         """

@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
     },
     {"convmae.learners", "convmae.listing", "convmae.manifest", "convmae.report"},
     {"convmae.run"},
+    {"convmae.folder"},
     {"convmae.images"},
     {"convmae.augmentation", "convmae.shards"},
     {"convmae.progress"},

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from convmae.augmentation import cover, window
-from convmae.images import resize
+from convmae.images import cover, resize, window
 
 if TYPE_CHECKING:  # importing the readers loads PyAV
     from video.readers import Track
@@ -172,6 +171,41 @@ def three_crops(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """
     covering = cover(pixels, size, mode="bilinear")
     return torch.stack([window(covering, size, place) for place in (0, 0.5, 1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What a test looks at of each video: evenly spaced clips (`views`), each in one crop or three.
+
+    VideoMAE takes 5 clips in 3 crops on Kinetics and UCF101, and 2 in 3 on Something-Something.
+
+    Args:
+        clips: of each video; one is the centre.
+        crops: of each clip: 1 is the centre, 3 also both ends (`three_crops`). Resized bilinearly, until frames just
+            cover the input.
+    """
+
+    clips: int = 1
+    crops: Literal[1, 3] = 1
+
+    def __post_init__(self) -> None:
+        if self.clips < 1:
+            raise ValueError(f"clips={self.clips} is below 1")
+        if self.crops not in (1, 3):
+            raise ValueError(f"crops={self.crops} is not 1, the centre, or 3, both ends as well")
+
+    def __len__(self) -> int:
+        return self.clips * self.crops
+
+    def choose(self, track: Track, frames: int, sampling: Sampling) -> list[list[int]]:
+        """The frames of each clip."""
+        return views(track, frames, sampling, self.clips)
+
+    def crop(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Crop pixels uint8 `(..., 3, h, w)` to `(crops, ..., 3, *size)`."""
+        if self.crops == 3:
+            return three_crops(pixels, size)
+        return window(cover(pixels, size, mode="bilinear"), size, 0.5)[None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,12 @@ class VideoShardSamples:
     @property
     def repeats(self) -> int:
         """Clips that each video gives."""
-        return self.source.repeats
+        return self.source.given
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, where the index has them."""
+        return self.members.classes
 
     def __len__(self) -> int:
         return len(self.members)
@@ -56,6 +61,6 @@ class VideoShardSamples:
         return self.members.order(generator)
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
-        """Load one or more random clips of a video; see `Clips.load`."""
+        """Load random clips of a video, or its views; see `Clips.load`."""
         pixels = self.source.load(self.members.read(index), self.size, generator)
         return Sample(pixels, int(self.members.labels[index]))

@@ -6,8 +6,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convmae import manifest
-from convmae.augmentation import Augment
 from convmae.data import Packed, Sample
-from convmae.images import IMAGE_SUFFIXES, Crop
-from convmae.listing import Listing, listing
+from convmae.folder import part
+from convmae.images import IMAGE_SUFFIXES, Augment, Crop
+from convmae.listing import Listing
 from convmae.manifest import Entry
 from video import lists, readers
-from video.clips import Dense, MultiScaleCrop, Sampling, many
+from video.clips import Dense, MultiScaleCrop, Sampling, Views, many
 from video.demo import make
 from video.lists import VIDEO_SUFFIXES
 from video.readers.protocol import RefusedError
@@ -42,6 +43,8 @@ class Clips:
         augment: what else is done to a cropped clip, in order; see `convmae.augmentation`.
         repeats: clips drawn from a video each time that it is decoded (repeated augmentation).
         reader: the reader asked first; `video.readers` says for what files which is wrong, and not used.
+        views: what a test looks at, in place of random clips: then nothing is drawn, and `crop` is not used. See
+            `as_test`.
     """
 
     sampling: Sampling = Dense(stride=4)
@@ -50,13 +53,35 @@ class Clips:
     augment: tuple[Augment, ...] = ()
     repeats: int = 1
     reader: readers.Choice = "auto"
+    views: Views | None = None
+
+    @property
+    def given(self) -> int:
+        """Clips that each video gives."""
+        return self.repeats if self.views is None else len(self.views)
+
+    def as_test(self, clips: int = 1, crops: Literal[1, 3] = 1) -> Self:
+        """The same videos as a test looks at them: so many clips of each, in so many crops, and nothing is drawn.
+
+        Raises ValueError as `Views` does.
+        """
+        return replace(self, views=Views(clips=clips, crops=crops), flip=False, augment=(), repeats=1)
 
     def check(self, size: tuple[int, ...]) -> None:
-        """Refuse what cannot be: raises ValueError for a size without three axes, or a reader that is not there."""
+        """Refuse what cannot be.
+
+        Raises ValueError for a size without three axes, a reader that is not there, and random changes of views.
+        """
         if len(size) != 3:
             raise ValueError(f"{type(self).__name__} loads (T, H, W) clips, but the model's input is {size}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} is below 1")
+        drawn = {"flip": self.flip, "augment": self.augment, "repeats": self.repeats > 1}
+        if self.views is not None and (wrong := [f"{name}={getattr(self, name)!r}" for name in drawn if drawn[name]]):
+            raise ValueError(
+                f"{type(self).__name__}(views={self.views!r}) draws nothing at random, but has {', '.join(wrong)}: "
+                "leave it out, or take .as_test(...), which does"
+            )
         readers.in_turn(self.reader)
 
     def load(
@@ -68,21 +93,27 @@ class Clips:
         intact: tuple[int, int] | None = None,
         reader: readers.Choice | None = None,
     ) -> Tensor:
-        """Load random clips of a video, uint8 `(3, T, H, W)`, or `(repeats, 3, T, H, W)` where there are several.
+        """Load random clips of a video, or its views, uint8 `(given, 3, T, H, W)`, or `(3, T, H, W)` where it is one.
 
-        All randomness comes from the generator. Frames are taken from the `intact` ones, first and stop, where the
-        others are damaged; `reader` is that of the source unless given.
+        All views of a clip come before those of the next. All randomness comes from the generator. Frames are taken
+        from the `intact` ones, first and stop, where the others are damaged; `reader` is that of the source unless
+        given.
 
         Raises `UnusableFileError` for a file that `readers.read` cannot read.
         """
         count, target = size[0], size[1:]
         choose = self.choosing(count, generator, intact)
-        short_side = self.crop.short_side(target)
+        # of a test in their own size: those readers that would shrink them each do it in another way
+        short_side = self.crop.short_side(target) if self.views is None else None
         frames = readers.read(video, choose, short_side=short_side, reader=reader or self.reader)
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        several = pixels.view(self.repeats, count, *pixels.shape[1:])
-        clips = [self._augmented(clip, target, generator).transpose(0, 1) for clip in several]
-        return torch.stack(clips) if self.repeats > 1 else clips[0].contiguous()
+        several = pixels.view(-1, count, *pixels.shape[1:])
+        if self.views is None:
+            clips = [self._augmented(clip, target, generator) for clip in several]
+        else:
+            clips = [view for clip in several for view in self.views.crop(clip, target)]
+        clips = [clip.transpose(0, 1) for clip in clips]
+        return torch.stack(clips) if len(clips) > 1 else clips[0].contiguous()
 
     def choosing(
         self, frames: int, generator: torch.Generator, intact: tuple[int, int] | None = None
@@ -95,8 +126,11 @@ class Clips:
             stop = min(stop, track.frames)
             if stop <= first:
                 raise RefusedError("it has fewer frames than the manifest says: scan it again")
-            again, part = torch.Generator().manual_seed(seed), track._replace(frames=stop - first)
-            clips = many(self.sampling, part, frames, self.repeats, again)
+            whole = track._replace(frames=stop - first)
+            if self.views is None:
+                clips = many(self.sampling, whole, frames, self.repeats, torch.Generator().manual_seed(seed))
+            else:
+                clips = self.views.choose(whole, frames, self.sampling)
             return [first + index for clip in clips for index in clip]
 
         return choose
@@ -116,14 +150,17 @@ class Videos(Clips):
     """Videos of a folder, or of a list; without a root, the built-in demonstration clips.
 
     Below a folder, those files count that end in one of `VIDEO_SUFFIXES`, and folders of frames; its subfolders, if
-    any, are the classes. A list is a text file with `path label` or `path,label` a line (`lists.read_list`). Nothing is
-    opened for it. Where `python -m video.scan` has left a manifest, files that it found unusable are left out, and of
-    those that are partly damaged, only the intact frames are taken.
+    any, are the classes. With a `split`, such as "val", only that subfolder counts (`convmae.folder.part`); without
+    one, of the demonstration "train". A list is a text file with `path label` or `path,label` a line
+    (`lists.read_list`). Nothing is opened for it. Where `python -m video.scan` has left a manifest, files that it found
+    unusable are left out, and of those that are partly damaged, only the intact frames are taken.
     """
 
     root: Path | None = None
     manifest: Path | None = None
     """What the scan wrote, where it was told to write elsewhere than beside the data."""
+    split: str | int | None = None
+    """A subfolder of the root; data sets that are not split by folders have other values."""
 
     def __post_init__(self) -> None:
         for name in ("root", "manifest"):
@@ -135,9 +172,11 @@ class Videos(Clips):
         if self.root is not None and not self.root.is_dir():
             if not self.root.is_file():
                 raise ValueError(f"root={str(self.root)!r} is not a folder of videos, nor a list of them")
+            if self.split is not None:
+                raise ValueError(f"split={self.split!r} is a subfolder of a folder, but root={str(self.root)!r} a list")
             return lists.read_list(self.root)
         try:
-            return listing(self.base, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
+            return part(self.base, self.split, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
         except ValueError as problem:
             if any(self.base.glob("*.tar")):
                 raise ValueError(f"{problem}; for its .tar files, give a recipe video.shards.VideoShards") from problem
@@ -147,7 +186,7 @@ class Videos(Clips):
     def base(self) -> Path:
         """The folder that paths are relative to."""
         if self.root is None:
-            return make() / "train"
+            return make() / "train" if self.split is None else make()
         return self.root if self.root.is_dir() else self.root.parent
 
     def open(self, size: tuple[int, ...]) -> VideoSamples:
@@ -234,7 +273,12 @@ class VideoSamples:
     @property
     def repeats(self) -> int:
         """Clips that each video gives."""
-        return self.source.repeats
+        return self.source.given
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.listing.classes
 
     def __len__(self) -> int:
         return len(self.listing.files)
@@ -248,7 +292,7 @@ class VideoSamples:
         return os.path.join(self.base, self.listing.files[index])
 
     def load(self, index: int, generator: torch.Generator) -> Sample:
-        """Load one or more random clips of a video; see `Clips.load`."""
+        """Load random clips of a video, or its views; see `Clips.load`."""
         intact, reader = self.known(index)
         pixels = self.source.load(self.name(index), self.size, generator, intact=intact, reader=reader)
         return Sample(pixels, int(self.listing.labels[index]))
