@@ -525,9 +525,10 @@ class Classifier:
         pooling: "mean" over tokens, or "token": the class token, or where there is none the first token.
         dropout: before the head.
         head_std: spread of the head's initial weights (2e-5 in ConvMAE's code).
+        names: of the classes, in order; none where they are not known.
 
     Raises:
-        ValueError: a number is out of its range, or the pooling is unknown.
+        ValueError: a number is out of its range, the pooling is unknown, or there are not as many names as classes.
     """
 
     backbone: MAE
@@ -535,11 +536,15 @@ class Classifier:
     pooling: Pooling = "mean"
     dropout: float = 0.0
     head_std: float = 2e-5
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_counts(self, "classes")
         _require(self.pooling in ("mean", "token"), 'Classifier: pooling is "mean" or "token"', self.pooling)
         _require(0 <= self.dropout < 1, "Classifier: dropout is in [0, 1)", self.dropout)
+        _require(self.head_std >= 0, "Classifier: head_std is 0 or more", self.head_std)
+        fitting = len(self.names) in (0, self.classes)
+        _require(fitting, f"Classifier: there are as many names as classes={self.classes}, or none", len(self.names))
 
     @property
     def size(self) -> Grid:

@@ -116,10 +116,23 @@ def take_up_state(
     model: nn.Module, optimiser: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Any]
 ) -> None:
     """The inverse of `state_of`: the first process has the state, all must call it."""
-    several = dist.is_initialized()
-    whole = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-    states.set_model_state_dict(model, dict(weights), options=whole)
+    take_up_weights(model, weights)
+    whole = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     states.set_optimizer_state_dict(model, optimiser, dict(moments), options=whole)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """As `state_of`, of the weights alone."""
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    own: Any = states.get_model_state_dict(model, options=whole)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return copy.deepcopy(own) if on_cpu else own
+
+
+def take_up_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of `weights_of`: the first process has them, all must call it."""
+    whole = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    states.set_model_state_dict(model, dict(weights), options=whole)
 
 
 @contextmanager

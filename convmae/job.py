@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from .evaluate import Evaluate, test
 from .files import write_whole
-from .run import Run
+from .run import Run, Task
 from .run_folder import FAILURES, LAST, SLURM, failures, job_id, note
 from .training import fit
 
@@ -44,7 +45,7 @@ _LINES = 8  # of a traceback
 class Job:
     """What every process of a submitted run calls. It holds no state: a run goes on from its own folder."""
 
-    run: Run
+    run: Task
 
     def __call__(self) -> None:
         """Meet the other processes of the job and carry out the run; told to stop, ask SLURM for another time."""
@@ -64,7 +65,7 @@ class Job:
             os.setpgrp()
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training itself listens
             _stop_after(int(os.environ[LAUNCHER]))
-        if not fit(self.run) and not local:
+        if not carry_out(self.run) and not local:
             _stand_aside(self.run.folder, first=tasks.rank == 0)
 
     def checkpoint(self) -> Any:
@@ -72,6 +73,14 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(Job(self.run))
+
+
+def carry_out(task: Task) -> bool:
+    """Do it here and now: whether it is finished, which it is not where it was asked to stop before."""
+    if isinstance(task, Evaluate):
+        return test(task)
+    assert isinstance(task, Run), task
+    return fit(task)
 
 
 def ended(folder: Path, code: int) -> None:

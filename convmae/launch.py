@@ -27,11 +27,13 @@ from typing import Annotated, Any, Literal
 import torch
 
 from .command import flag
-from .job import LAUNCHER, Job
-from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, ready_demo, require_gpus, say, suited
-from .run import Run
+from .evaluate import Evaluate
+from .finetune import Finetune
+from .job import LAUNCHER, Job, carry_out
+from .location import has_root, located, whole
+from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, made_ready, require_gpus, say, suited
+from .run import Run, Task
 from .slurm import ENDLESS, Allocation, Slurm, choose_nodes, query_slurm, request, show, submit
-from .training import fit
 
 DATA = "CONVMAE_DATA"
 _FLAGS = (bool, int, float, str, Path, tuple, NoneType)  # what a field may hold to be a flag
@@ -94,9 +96,11 @@ def _launch(recipe: str, arguments: list[str]) -> int:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
     name = first.parse_known_args(arguments)[0].recipe or recipe
-    launch, slurm, run, data = _parse(name, *find_recipe(name), arguments)
+    launch, slurm, task, data, test = _parse(name, *find_recipe(name), arguments)
     say("recipe", name)
-    run = _with_data(run, data)
+    run: Task = _with_data(task, data, test) if isinstance(task, Run) else _tested_at(task, data)
+    if isinstance(run, Finetune | Evaluate):
+        run = _from_checkpoint(run, later=slurm.after is not None)
     place = _choose(launch, slurm, run)
     say("cluster", f"{place.cluster}: {place.why}")
     run = suited(run, place.gpus)
@@ -118,7 +122,7 @@ def _program() -> str:
 # ---- recipe and flags ------------------------------------------------------------------------------------------------
 
 
-def find_recipe(name: str) -> tuple[Run, str]:
+def find_recipe(name: str) -> tuple[Task, str]:
     """The run of the recipe `module:function`, and what its docstring says of it.
 
     Raises:
@@ -140,7 +144,7 @@ def find_recipe(name: str) -> tuple[Run, str]:
         run = function()
     except ValueError as error:
         raise LaunchError(f"--recipe {name}: {error}") from error
-    if not isinstance(run, Run):
+    if not isinstance(run, Task):
         raise LaunchError(f"--recipe {name} returned a {type(run).__name__}, not a run, such as Pretrain. {there}")
     return run, inspect.getdoc(function) or ""
 
@@ -164,7 +168,7 @@ def _import(name: str, module: str) -> Any:
 
 def _recipes_of(module: Any) -> list[str]:
     """The functions of a module that say that they return a run."""
-    names, kinds = [], {"Run", *_below(Run)}
+    names, kinds = [], {"Task", *_below(Task)}
     for name, function in inspect.getmembers(module, inspect.isfunction):
         returns = function.__annotations__.get("return", "")
         returns = returns if isinstance(returns, str) else getattr(returns, "__name__", "")
@@ -185,16 +189,23 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
     return any(one.default is one.empty and one.kind not in variable for one in parameters)
 
 
-def _parse(name: str, run: Run, about: str, arguments: list[str]) -> tuple[Launch, Slurm, Run, str | None]:
+def _parse(
+    name: str, run: Task, about: str, arguments: list[str]
+) -> tuple[Launch, Slurm, Task, str | None, str | None]:
     """Read the flags; tyro prints help and mistakes and ends the program."""
     import tyro
 
-    about_data = f"where the data are. (default: ${DATA}, else the recipe's own, else the demo set)"
-    data = Annotated[str | None, flag(Path | None, None, about=about_data)]
+    places = [("data", f"where the data are. (default: ${DATA}, else the recipe's own, else the demo set)")]
+    if isinstance(run, Finetune) and run.test is not None:
+        places.append(("test", "where the samples for tests are. (default: with the others, as the recipe has it)"))
+    places_ = [
+        (field, Annotated[str | None, flag(Path | None, None, about=told)], dataclasses.field(default=None))
+        for field, told in places
+    ]
     groups = [
         ("launch", _options(Launch(recipe=name))),
         ("slurm", _options(Slurm())),
-        ("run", _options(run, ("data", data, dataclasses.field(default=None)))),
+        ("run", _options(run, *places_)),
     ]
     parsed: Any = tyro.cli(
         dataclasses.make_dataclass("Flags", groups),
@@ -204,10 +215,10 @@ def _parse(name: str, run: Run, about: str, arguments: list[str]) -> tuple[Launc
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     values = {field.name: getattr(parsed.run, field.name) for field in dataclasses.fields(parsed.run)}
-    root_given = values.pop("data")
+    data, test = (values.pop(field, None) for field in ("data", "test"))
     launch, slurm = Launch(**vars(parsed.launch)), Slurm(**vars(parsed.slurm))
     try:
-        return launch, slurm, replace(run, **values), root_given
+        return launch, slurm, replace(run, **values), data, test
     except ValueError as error:
         raise LaunchError(f"{error}\nEach of them is a flag; see --help.") from error
 
@@ -217,7 +228,7 @@ def _options(owner: Any, *before: Any) -> type:
     hints, fields, about = typing.get_type_hints(type(owner)), list(before), _about_fields(type(owner))
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
-        if field.name != "data" and isinstance(value, _FLAGS):
+        if field.name not in ("data", "test", "root") and isinstance(value, _FLAGS):
             hint = hints[field.name]
             metavar = _METAVARS.get(field.name)
             annotation: Any = Annotated[hint, flag(hint, value, metavar=metavar, about=about.get(field.name))]
@@ -239,48 +250,79 @@ def _about_fields(kind: type) -> dict[str, str]:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _with_data(run: Run, given: str | None) -> Run:
-    """The run on the data of --data, $CONVMAE_DATA or the recipe, in this order, saying which."""
-    source: Any = run.data
-    fields = [field.name for field in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
-    variable = os.environ.get(DATA)
-    if "root" not in fields:
-        if given is not None:
-            there = f"it has {', '.join(fields)}" if fields else "it has no fields"
-            message = f"the recipe's data, {type(source).__name__}, have no field `root` to replace ({there})"
-            raise LaunchError(f"--data {given}: {message}. Leave --data out, or change the recipe.")
-        say("data", f"{type(source).__name__}, as the recipe has it")
+def _with_data(run: Run, given: str | None, test: str | None) -> Run:
+    """The run on the data of --data, $CONVMAE_DATA or the recipe, in this order, saying which; and so its tests."""
+    variable = os.environ.get(DATA) or None
+    where, flag, origin = variable, f"${DATA}={variable}", f", from ${DATA}" if variable else ", from the recipe"
+    if given is not None:
+        where, flag, origin = given, f"--data {given}", ""
+    data = _at(run.data, where, flag) if given is not None or has_root(run.data) else run.data
+    say("data", _told(data, origin))
+    run = replace(run, data=data)
+    if not isinstance(run, Finetune) or run.test is None:
         return run
-    flag = f"--data {given}" if given is not None else f"${DATA}={variable}"
-    if given is not None or variable:
-        text = given if given is not None else variable or ""
-        if "://" in text or "{" in text:  # a URL, or a pattern of names
-            if str not in typing.get_args(typing.get_type_hints(type(source)).get("root")):
-                there = "are read from a disk: for shards, take a recipe whose data are VideoShards or ImageShards"
-                raise LaunchError(f"{flag}: the recipe's data, {type(source).__name__}, {there}")
-            say("data", text if given is not None else f"{text}, from ${DATA}")
-            return replace(run, data=replace(source, root=text))
-        root = Path(text).expanduser().absolute()
-        if not root.exists():
-            raise LaunchError(f"{flag}: there is no {root}")
-        say("data", root if given is not None else f"{root}, from ${DATA}")
-    elif source.root is None:
-        what = "the built-in demo set" if type(source).__module__.startswith(("convmae.", "video.")) else "the recipe's"
-        say("data", f"{what}, as neither --data nor ${DATA} says where others are")
-        return run
-    elif isinstance(source.root, str):  # a URL, or a pattern of names
-        say("data", f"{source.root}, from the recipe")
-        return run
+    if test is not None:
+        tested, origin = _at(whole(run.test), test, f"--test {test}"), ""
     else:
-        root = Path(source.root).expanduser().absolute()
-        say("data", f"{root}, from the recipe")
-    return replace(run, data=replace(source, root=root))
+        tested = _at(run.test, where, flag) if has_root(run.test) else run.test
+    say("test", _told(tested, origin))
+    return replace(run, test=tested)
+
+
+def _at(source: Any, where: str | None, flag: str) -> Any:
+    """The source at a place given by a flag or a variable, or at its own, made absolute."""
+    try:
+        return located(source, where)
+    except ValueError as problem:
+        raise LaunchError(f"{flag}: {problem}") from problem
+
+
+def _told(source: Any, origin: str) -> str:
+    """What a source is called before anything is opened, and where that was said."""
+    if not has_root(source):
+        return f"{type(source).__name__}, as the recipe has it"
+    part = f", {source.split}" if getattr(source, "split", None) else ""
+    if source.root is not None:
+        return f"{source.root}{part}{origin}"
+    ours = type(source).__module__.startswith(("convmae.", "video."))
+    there = f"the built-in demo set{part}" if ours else "the recipe's"
+    return f"{there}, as neither --data nor ${DATA} says where others are"
+
+
+def _tested_at(task: Task, given: str | None) -> Task:
+    """A test with the data of --data or $CONVMAE_DATA, or those that it has, or that its checkpoint's run tests on."""
+    assert isinstance(task, Evaluate)
+    where = given if given is not None else os.environ.get(DATA) or None
+    if where is None:
+        say("data", _told(task.data, ", from the recipe") if task.data else "those that the checkpoint's run tests on")
+        return task
+    if not ("://" in where or "{" in where):
+        path = Path(where).expanduser().absolute()
+        if not path.exists():
+            raise LaunchError(f"{'--data' if given is not None else f'${DATA}'} {where}: there is no {path}")
+        where = str(path)
+    say("data", where if given is not None else f"{where}, from ${DATA}")
+    return replace(task, root=where)
+
+
+def _from_checkpoint(run: Finetune | Evaluate, *, later: bool) -> Finetune | Evaluate:
+    """The run with its checkpoint's path made absolute, which must be there unless another job makes it first."""
+    if run.checkpoint is None:
+        if isinstance(run, Finetune):
+            say("weights", "none: from scratch, as there is no --checkpoint")
+        return run
+    path = run.checkpoint.expanduser().absolute()
+    if not path.exists() and not later:
+        told = f"--checkpoint {run.checkpoint}: there is no {path}"
+        raise LaunchError(f"{told}. One that a job is still to make is for --after JOB.")
+    say("weights", path if path.exists() else f"{path}, which is to be made first")
+    return replace(run, checkpoint=path)
 
 
 # ---- the place -------------------------------------------------------------------------------------------------------
 
 
-def _choose(launch: Launch, slurm: Slurm, run: Run) -> Place:
+def _choose(launch: Launch, slurm: Slurm, run: Task) -> Place:
     counts = {"nodes": launch.nodes, "tasks-per-node": launch.tasks_per_node, "cpus-per-task": slurm.cpus_per_task}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -315,11 +357,11 @@ def _given(*groups: Launch | Slurm, besides: Sequence[str] = ()) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def _gpus_here(run: Run) -> int:
+def _gpus_here(run: Task) -> int:
     return 0 if run.device == "cpu" else torch.cuda.device_count()
 
 
-def _local_place(launch: Launch, slurm: Slurm, run: Run, why: str) -> Place:
+def _local_place(launch: Launch, slurm: Slurm, run: Task, why: str) -> Place:
     """This machine: this process, or one a GPU if there are several."""
     if launch.nodes > 1:
         raise LaunchError(f"--nodes {launch.nodes} needs SLURM, but {why}: local and debug have one node, this machine")
@@ -343,9 +385,9 @@ def _local_place(launch: Launch, slurm: Slurm, run: Run, why: str) -> Place:
 # ---- this machine ----------------------------------------------------------------------------------------------------
 
 
-def _in_this_process(run: Run) -> int:
+def _in_this_process(run: Task) -> int:
     try:
-        finished = fit(run)
+        finished = carry_out(run)
     except (FloatingPointError, OSError) as error:
         print(f"{_program()}: {error}", file=sys.stderr)
         return 1
@@ -357,12 +399,11 @@ def _in_this_process(run: Run) -> int:
     return 0 if finished else 130
 
 
-def _on_this_machine(run: Run, place: Place) -> int:
+def _on_this_machine(run: Task, place: Place) -> int:
     """Start a process a GPU through submitit, show what the first one prints, and wait until all have ended."""
     from submitit import LocalExecutor
 
-    run = replace(run, folder=run.folder.absolute())
-    ready_demo(run)
+    run = made_ready(run)
     executor = LocalExecutor(folder=logs([run]))
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu and place.gpus]
     if not all(gpu.isdigit() for gpu in visible):

@@ -24,8 +24,8 @@ from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw, parameter_groups
 from .place import LaunchError
-from .run import Pretrain
-from .training import autocast, compile_step
+from .run import Pretrain, autocast
+from .training import compile_step
 
 MARGIN = 0.05
 """The share of the free memory that is left: for the buffers of gradient exchange, workspaces and fragmentation."""

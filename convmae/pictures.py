@@ -111,17 +111,53 @@ def curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
             upper.set_yscale("log")
     else:
         upper.text(0.5, 0.5, "no step yet", transform=upper.transAxes, ha="center", color=_QUIET)
-    for axes, title in ((upper, "loss"), (lower, "learning rate")):
-        axes.set_facecolor("none")
-        axes.set_title(title, loc="left", fontsize=10, color=_QUIET)
-        axes.tick_params(colors=_QUIET, labelsize=9, length=0, which="both")
-        axes.grid(color=_QUIET, alpha=0.2, linewidth=0.6)
-        axes.spines[:].set_visible(False)
-        axes.yaxis.get_offset_text().set_color(_QUIET)
+    _dress(upper, "loss")
+    _dress(lower, "learning rate")
     lower.set_xlabel("step", color=_QUIET)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     lower.xaxis.set_major_formatter("{x:,.0f}")
     lower.set_xlim(0, 1.02 * max([1, *steps[-1:]]))
+    return _save(figure, path)
+
+
+def scores(told: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the parts that were right, as top-1, over epochs, on a transparent ground, in percent.
+
+    Args:
+        told: lines with "epoch", and values by name; what is no part from 0 to 1, as a loss, is not drawn.
+        path: where to write; its suffix names the format (png, svg, pdf).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    names = dict.fromkeys(name for line in told for name in line if name.split("_")[-1] not in _NO_PARTS)
+    for number, name in enumerate(names):
+        points = [(line["epoch"], 100 * line[name]) for line in told if isinstance(line.get(name), int | float)]
+        epochs, values = zip(*points, strict=True)
+        colour = _LINES[number % len(_LINES)]
+        axes.plot(epochs, values, "o-", color=colour, markersize=3.5, linewidth=1.6, label=f"{name} {values[-1]:.1f}")
+    _dress(axes, "% right")
+    if names:
+        axes.legend(frameon=False, labelcolor=_QUIET, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xlabel("epoch", color=_QUIET)
+    return _save(figure, path)
+
+
+_NO_PARTS = ("step", "epoch", "seconds", "loss", "unusable")
+_LINES = (_BLUE, _ORANGE, "#3aa87a", "#b660cd", "#c9524f", "#8a7f5c")
+
+
+def _dress(axes: Any, title: str) -> None:
+    axes.set_facecolor("none")
+    axes.set_title(title, loc="left", fontsize=10, color=_QUIET)
+    axes.tick_params(colors=_QUIET, labelsize=9, length=0, which="both")
+    axes.grid(color=_QUIET, alpha=0.2, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    axes.yaxis.get_offset_text().set_color(_QUIET)
+
+
+def _save(figure: Any, path: Path) -> Path:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], dpi=150, transparent=True)
     return write_whole(path, drawn.getvalue())

@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from .run import Run, check, refusal
+from .run import Task
 from .run_folder import SLURM
+
+T = TypeVar("T", bound=Task)
 
 SWEEPS = f".{SLURM}"
 """The folder of a sweep's logs, beside those of its runs; hidden, as it is no run: `runs/*` leaves it out."""
@@ -75,7 +77,7 @@ def count_tasks(gpus: int, tasks_per_node: int | None) -> int:
     return gpus or tasks_per_node or 1
 
 
-def suited(run: Run, gpus: int) -> Run:
+def suited(run: T, gpus: int) -> T:
     """The run as it is carried out with so many GPUs on each node.
 
     Raises:
@@ -85,28 +87,31 @@ def suited(run: Run, gpus: int) -> Run:
     if gpus == 0 and run.device == "auto":
         run = replace(run, device="cpu")
     try:
-        run.model.check()
-        check(run)
+        run.check()
     except ValueError as error:
         raise LaunchError(str(error)) from error
     if run.device.startswith("cuda") and gpus == 0:
         raise LaunchError(f"--device {run.device}: there is no GPU. Use --device cpu or auto.")
     require_folder(run.folder, f"--folder {run.folder}")
-    if _first() and (why := refusal(run)):  # the others may find the first one training there already
+    if _first() and (why := run.refusal()):  # the others may find the first one training there already
         raise LaunchError(why)
     return run
 
 
-def ready_demo(run: Run) -> None:
-    """Make the demo set now, if it is the data: the processes of a job would each begin to."""
-    if getattr(run.data, "root", "") is None:
-        try:
-            run.data.open(run.model.size)
-        except ValueError as error:
-            raise LaunchError(str(error)) from error
+def made_ready(task: T) -> T:
+    """The task as any process can carry it out: its folder absolute, and the demo set made, if it is the data.
+
+    Raises:
+        LaunchError: the demo set cannot be written.
+    """
+    try:
+        task.ready()
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    return replace(task, folder=task.folder.absolute())
 
 
-def logs(runs: Sequence[Run]) -> Path:
+def logs(runs: Sequence[Task]) -> Path:
     """Where submitit keeps what was submitted and what it printed, by job; of several runs, above their folders."""
     if len(runs) == 1:
         return runs[0].folder / SLURM / "%j"

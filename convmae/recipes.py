@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import masking
+from .augmentation import RandAugment
 from .builders import AttentionStage, ConvMAE, ConvStage
+from .evaluate import Evaluate
+from .finetune import Finetune
 from .images import ImageFolder
 from .training import Pretrain
 
@@ -48,6 +51,55 @@ def imagenet_fast_pretrain() -> Pretrain:
         batch_size=512,
         base_lr=6e-4,
         folder=Path("runs/imagenet_fast_pretrain"),
+    )
+
+
+def imagenet_finetune() -> Finetune:
+    """ConvMAE-B on ImageNet-1K, the published finetuning; give it `--checkpoint`.
+
+    From the paper (arXiv 2205.03892, section 4.1) and its code's FINETUNE.md: 100 epochs, 5 of warm-up, batch 1024,
+    AdamW (0.9, 0.999), weight decay 0.05, base learning rate 5e-4 for 256 images, floor 1e-6, layer decay 0.65, drop
+    path 0.1, mixup 0.8, cutmix 1, erasing 0.25, rand-m9-mstd0.5-inc1, smoothing 0.1; crops of 20 to 100 % of the area,
+    flips. Tested on the centre of images resized to 256. Data: `--data` is a folder with `train/` and `val/`.
+
+    Published: 85.0 % top-1 from 1600 epochs of pretraining. No accuracy was measured with this code yet.
+    """
+    data = ImageFolder(split="train", augment=(RandAugment(ops=2, magnitude=9),))
+    return Finetune(
+        model=ConvMAE.base(),
+        data=data,
+        test=replace(data.as_test(), split="val"),
+        epochs=100,
+        batch_size=1024,
+        layer_decay=0.65,
+        folder=Path("runs/imagenet_finetune"),
+    )
+
+
+def evaluate() -> Evaluate:
+    """The test of a classifier: give it `--checkpoint`. A finetuning run's own test data, where no others are given."""
+    return Evaluate(folder=Path("runs/evaluate"))
+
+
+def demo_finetune() -> Finetune:
+    """The small ConvMAE of `demo` on the demo pictures' classes: a minute on a CPU. For a first look.
+
+    Give it `--checkpoint runs/image_demo`, or nothing, to train from scratch.
+    """
+    return Finetune(
+        model=demo().model,
+        data=ImageFolder(split="train"),
+        test=ImageFolder(split="val").as_test(),
+        epochs=20,
+        batch_size=32,
+        base_lr=4e-3,
+        warmup_epochs=2,
+        mixing=None,
+        erasing=None,
+        test_every=5,
+        clip_gradient=1.0,
+        workers=1,
+        folder=Path("runs/image_demo_finetune"),
     )
 
 

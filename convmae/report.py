@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .files import lines, write_whole
-from .pictures import curve, series, smoothed
+from .pictures import curve, scores, series, smoothed
 
 _EARLIER, _THUMBNAIL, _ROWS = 12, 720, 100
 
@@ -31,8 +31,8 @@ _EARLIER, _THUMBNAIL, _ROWS = 12, 720, 100
 def write(folder: Path) -> Path:
     """Write `report.html` into a run's folder, whole or not at all, from the files that are there.
 
-    Reads `run.txt`, `environment.json`, `metrics.jsonl`, `skipped.jsonl` and `pictures/`. Any may be missing,
-    or end in the middle of a line: the page shows what can be read.
+    Reads `run.txt`, `environment.json`, `metrics.jsonl`, `scores.jsonl`, `skipped.jsonl` and `pictures/`. Any may be
+    missing, or end in the middle of a line: the page shows what can be read.
 
     Raises:
         ValueError: there is no such folder.
@@ -50,6 +50,7 @@ def write(folder: Path) -> Path:
         status=_status(last),
         figures=_figures(metrics, skipped, of="clips" if len(latest.get("images", [])) > 1 else "samples"),
         curve=_curve(metrics) if metrics else None,
+        scores=_scores(list(lines(folder / "scores.jsonl"))),
         latest=latest,
         earlier=earlier,
         recipe=_text(folder / "run.txt").strip(),
@@ -119,6 +120,17 @@ def _duration(seconds: float) -> str:
 def _curve(metrics: Sequence[Mapping[str, Any]]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         return _embedded("image/svg+xml", curve(metrics, Path(folder) / "curve.svg").read_bytes())
+
+
+def _scores(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The curve of what a run's examinations gave, and the latest of them; empty where there was none."""
+    told = [line for line in told if _number(line, "epoch") is not None]
+    if not told:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = _embedded("image/svg+xml", scores(told, Path(folder) / "scores.svg").read_bytes())
+    latest = [(name, f"{value:.4g}") for name in told[-1] if (value := _number(told[-1], name)) is not None]
+    return {"epoch": told[-1]["epoch"], "curve": drawn, "latest": latest}
 
 
 def _embedded(kind: str, data: bytes) -> str:

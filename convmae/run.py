@@ -17,7 +17,7 @@ from .distributed import World
 from .learners import Examination, Learner, Reconstruction
 from .optimisation import learning_rate
 from .plain import from_plain, to_plain
-from .run_folder import in_use, kept_run
+from .run_folder import in_use, kept_in
 
 FREE = (
     "epochs",
@@ -40,16 +40,85 @@ FREE = (
     "hang_minutes",
     "log_every",
     "pictures",
+    "test",
+    "test_every",
     "wandb",
 )
 """The fields of a run that may differ when it goes on: they say where, how long and how watched, not what is learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Task:
+    """What a launcher carries out: a training run, or a test. Where it is done, and how samples are loaded.
+
+    Args:
+        folder: where all that comes of it goes.
+        seed: of all that is drawn.
+        precision: "auto" is bfloat16 autocast on GPUs that have it, float32 elsewhere.
+        workers: loader processes of each process.
+        worker_start: how they are started; None: as Python does on this system.
+        sample_seconds: a loader process that takes longer for a sample is replaced, and the sample skipped.
+        device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
+        hang_minutes: a process that makes no step for so long, what you do in between included, ends, and with it all.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    folder: Path
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: int = 8
+    worker_start: StartMethod | None = None
+    sample_seconds: float = 120
+    device: str = "auto"
+    hang_minutes: float = 20
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be {what}; got {getattr(self, name)!r}" for name, what, holds in self.demands() if not holds
+        ]
+        if problems:
+            raise ValueError(f"this {self.kind} cannot be:" + "".join(f"\n  - {problem}" for problem in problems))
+
+    @property
+    def kind(self) -> str:
+        """In one word."""
+        return "run"
+
+    def demands(self) -> list[tuple[str, str, bool]]:
+        """What the fields must be: name, words, and whether it holds."""
+        return [
+            ("seed", "0 or more", self.seed >= 0),
+            ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
+            ("workers", "0 or more", self.workers >= 0),
+            ("sample_seconds", "positive", self.sample_seconds > 0),
+            ("hang_minutes", "positive", self.hang_minutes > 0),
+        ]
+
+    def check(self) -> None:
+        """Refuse now what would fail later; raises ValueError."""
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError as problem:
+            raise ValueError(f"--device {self.device}: it is auto, cpu, cuda or another of torch's") from problem
+
+    def refusal(self) -> str | None:
+        """Why this cannot be done in its folder; None: it can."""
+        return in_use(self.folder)
+
+    def ready(self) -> None:
+        """Make what several processes would each begin to make: the demo set, where it is the data.
+
+        Raises ValueError where it cannot be written.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Task):
     """What every training run has: all that decides its result, and where it is kept.
 
-    `Pretrain` is one, `convmae.finetune.Finetune` another.
+    `Pretrain` is one, `convmae.finetune.Finetune` another. The fields of `Task` are among them.
 
     Args:
         model: the builder of what is trained.
@@ -64,12 +133,7 @@ class Run:
         weight_decay: of AdamW; not on norms, biases, positions and tokens.
         clip_gradient: largest norm of the gradient; 0 does not clip.
         seed: of initial weights, order, augmentation and masks.
-        precision: "auto" is bfloat16 autocast on GPUs that have it, float32 elsewhere.
         micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
-        workers: loader processes of each training process.
-        worker_start: how they are started; None: as Python does on this system.
-        sample_seconds: a loader process that takes longer for a sample is replaced, and the sample skipped.
-        device: "auto", "cpu", "cuda"; auto takes a GPU where there is one.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
         compile: torch.compile for forward and backward, under fsdp for their blocks: minutes before the first step.
@@ -81,7 +145,6 @@ class Run:
         bad_steps: steps in a row without a finite loss and gradient, each left out, until the run goes back to the
             last checkpoint and takes the data in another order.
         rollbacks: how often it goes back before it stops with an error.
-        hang_minutes: a process that makes no step for so long, what you do in between included, ends, and with it all.
         log_every: steps between lines of metrics.
         wandb: the Weights & Biases project that metrics go to as well; needs `pip install wandb`. None: none.
 
@@ -93,20 +156,13 @@ class Run:
     data: Source
     epochs: float
     batch_size: int
-    folder: Path
     base_lr: float = 1.5e-4
     min_lr: float = 0.0
     warmup_epochs: float = 40
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_gradient: float = 0.0
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     micro_batch: int | None = None
-    workers: int = 8
-    worker_start: StartMethod | None = None
-    sample_seconds: float = 120
-    device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     recompute: bool = False
     compile: bool = False
@@ -117,20 +173,13 @@ class Run:
     keep_every: int | None = None
     bad_steps: int = 10
     rollbacks: int = 2
-    hang_minutes: float = 20
     log_every: int = 10
     wandb: str | None = None
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be {what}; got {getattr(self, name)!r}" for name, what, holds in self.demands() if not holds
-        ]
-        if problems:
-            raise ValueError("this run cannot be:" + "".join(f"\n  - {problem}" for problem in problems))
-
     def demands(self) -> list[tuple[str, str, bool]]:
-        """What the fields must be: name, words, and whether it holds."""
+        """What the fields must be."""
         return [
+            *super().demands(),
             ("epochs", "positive", self.epochs > 0),
             ("batch_size", "1 or more", self.batch_size >= 1),
             ("base_lr", "positive", self.base_lr > 0),
@@ -143,11 +192,7 @@ class Run:
             ("betas", "two numbers from 0 to below 1", all(0 <= beta < 1 for beta in self.betas)),
             ("weight_decay", "0 or more", self.weight_decay >= 0),
             ("clip_gradient", "0 or more", self.clip_gradient >= 0),
-            ("seed", "0 or more", self.seed >= 0),
-            ("precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")),
             ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
-            ("workers", "0 or more", self.workers >= 0),
-            ("sample_seconds", "positive", self.sample_seconds > 0),
             ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
             ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
             ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),
@@ -155,7 +200,6 @@ class Run:
             ("keep_every", "1 or more, or None", self.keep_every is None or self.keep_every >= 1),
             ("bad_steps", "1 or more", self.bad_steps >= 1),
             ("rollbacks", "0 or more", self.rollbacks >= 0),
-            ("hang_minutes", "positive", self.hang_minutes > 0),
             ("log_every", "1 or more", self.log_every >= 1),
         ]
 
@@ -169,6 +213,31 @@ class Run:
         return learning_rate(
             step / total, peak=self.peak_lr, floor=self.min_lr, warmup=self.warmup_epochs / self.epochs
         )
+
+    def check(self) -> None:
+        """Refuse now what the model's building, the first checkpoint or the journal would refuse."""
+        super().check()
+        self.model.check()
+        if self.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
+        try:
+            plain = to_plain(self)
+            if from_plain(plain) != self:
+                raise ValueError("it does not come back equal")
+        except (TypeError, ValueError) as problem:
+            raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
+
+    def refusal(self) -> str | None:
+        """Why this cannot go on in its folder: another process trains there, or it holds another run. None: it can."""
+        if occupant := in_use(self.folder):
+            return occupant
+        kept = kept_in(self.folder, "run")
+        return None if kept is None else refusal_beside(self, kept)
+
+    def ready(self) -> None:
+        """Make the demo set, if it is the data."""
+        if getattr(self.data, "root", "") is None:
+            self.data.open(self.model.size)
 
     def learner(self, samples: Samples) -> Learner:
         """What is trained, on the CPU, initialised from torch's global random state or from where the run starts.
@@ -207,28 +276,11 @@ class Pretrain(Run):
         return Reconstruction(self.model.build())
 
 
-def check(run: Run) -> None:
-    """Refuse now what the first checkpoint or the journal would refuse."""
-    if run.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"--wandb {run.wandb}: wandb is not installed; pip install wandb")
-    try:
-        torch.device("cpu" if run.device == "auto" else run.device)
-    except RuntimeError as problem:
-        raise ValueError(f"--device {run.device}: it is auto, cpu, cuda or another of torch's") from problem
-    try:
-        plain = to_plain(run)
-        if from_plain(plain) != run:
-            raise ValueError("it does not come back equal")
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"a checkpoint could not keep this run: {problem}") from problem
-
-
-def refusal(run: Run) -> str | None:
-    """Why this run cannot go on in its folder: another process trains there, or it holds another run. None: it can."""
-    if occupant := in_use(run.folder):
-        return occupant
-    kept = kept_run(run.folder)
-    return None if kept is None else refusal_beside(run, kept)
+def autocast(task: Task, device: torch.device) -> Any:
+    """The precision of a forward pass on a device."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = task.precision == "bfloat16" or (task.precision == "auto" and has_bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def refusal_beside(run: Run, kept: Any) -> str | None:
@@ -237,6 +289,11 @@ def refusal_beside(run: Run, kept: Any) -> str | None:
         before = from_plain(kept)
     except ValueError as problem:
         return f"{run.folder} holds a run that cannot be read: {problem}"
+    if type(before) is not type(run):
+        return (
+            f"{run.folder} holds a {type(before).__name__}, this run is a {type(run).__name__}: give it another folder "
+            "with --folder"
+        )
     changed = [
         f"{one.name}: {getattr(before, one.name)!r}, now {getattr(run, one.name)!r}"
         for one in dataclasses.fields(run)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -104,13 +104,13 @@ class Checkpoints:
         return self.folder / CHECKPOINTS / f"step-{step:08d}.pt"
 
 
-def kept_run(folder: Path) -> Any:
-    """The plain form of the run whose checkpoint `last.pt` is, without reading its weights; None where there is none.
+def kept_in(folder: Path, what: Literal["run", "builder"]) -> Any:
+    """The plain form of what the checkpoint `last.pt` keeps, without reading its weights; None where there is none.
 
     A damaged file is none, too: whether an earlier checkpoint serves is found when the run goes on.
     """
     try:
-        return torch.load(folder / LAST, map_location="cpu", weights_only=True, mmap=True)["run"]
+        return torch.load(folder / LAST, map_location="cpu", weights_only=True, mmap=True)[what]
     except Exception:  # torch raises half a dozen kinds for a damaged file
         return None
 

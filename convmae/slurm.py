@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import snapshot
-from .job import Job, ask
+from .job import Job, ask, carry_out
 from .place import (
     PATIENT,
     LaunchError,
@@ -24,16 +24,15 @@ from .place import (
     closest,
     count_tasks,
     logs,
-    ready_demo,
+    made_ready,
     require_folder,
     require_gpus,
     say,
     suited,
 )
 from .plain import to_plain
-from .run import Run
+from .run import Task
 from .run_folder import SLURM
-from .training import fit
 
 ENDLESS = 10 * 365 * 24 * 60  # minutes: where there is no time limit
 _NEVER = {"FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -297,15 +296,13 @@ def show(request: dict[str, Any]) -> None:
             print(f"         {name.removeprefix('slurm_').replace('_', '-'):<23}{shown}")
 
 
-def submit(runs: Sequence[Run], request: dict[str, Any]) -> list[str]:
+def submit(runs: Sequence[Task], request: dict[str, Any]) -> list[str]:
     """Queue a run, or several as one job array, and say how to follow them: the ids of the jobs.
 
     Raises:
         LaunchError: SLURM refuses, or the demo set cannot be made.
     """
-    runs = [replace(run, folder=run.folder.absolute()) for run in runs]
-    for run in runs:
-        ready_demo(run)
+    runs = [made_ready(run) for run in runs]
     jobs = _queue(runs, request)
     ids = [str(job.job_id) for job in jobs]
     for run, job in zip(runs, jobs, strict=True):
@@ -317,7 +314,7 @@ def submit(runs: Sequence[Run], request: dict[str, Any]) -> list[str]:
     return ids
 
 
-def _queue(runs: list[Run], request: dict[str, Any]) -> list[Any]:
+def _queue(runs: list[Task], request: dict[str, Any]) -> list[Any]:
     import submitit
 
     if "SLURM_JOB_ID" in os.environ:  # what describes the job that we are in is not for the new one
@@ -338,7 +335,7 @@ def _queue(runs: list[Run], request: dict[str, Any]) -> list[Any]:
     return jobs
 
 
-def _setup(runs: list[Run], request: dict[str, Any]) -> list[str]:
+def _setup(runs: list[Task], request: dict[str, Any]) -> list[str]:
     """What the batch script does first: find the run, remove what a killed attempt left, import the code submitted."""
     code = snapshot.take(runs[0].folder, _modules(tuple(map(to_plain, runs))))
     for run in runs[1:]:
@@ -375,7 +372,7 @@ _TEARDOWN = [
 ]
 
 
-def _tell(runs: list[Run], jobs: list[Any]) -> None:
+def _tell(runs: list[Task], jobs: list[Any]) -> None:
     """How to follow and cancel what is queued."""
     first, number = jobs[0], jobs[0].job_id.partition("_")[0]
     several = len(jobs) > 1
@@ -393,7 +390,7 @@ def _tell(runs: list[Run], jobs: list[Any]) -> None:
 
 
 def sweep(
-    runs: Sequence[Run],
+    runs: Sequence[Task],
     *,
     nodes: int = 1,
     gpus_per_node: int | None = None,
@@ -447,6 +444,6 @@ def sweep(
         raise LaunchError(f"nodes={nodes} needs SLURM, but {why}")
     for run in [suited(run, torch.cuda.device_count()) for run in runs]:
         say("run", run.folder)
-        if not fit(run):
+        if not carry_out(run):
             break
     return []

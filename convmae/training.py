@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,13 @@ from .learners import Learner
 from .nn.layers import blocks, recompute
 from .optimisation import adamw
 from .progress import Event, Progress, Start, Step, Window
-from .run import Pretrain, Run, check, refusal
+from .run import Pretrain, Run, autocast
 from .run_folder import Checkpoints, InUseError, failures, forget_failures, note, occupied, record_failure
 from .watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Event", "Pretrain", "Progress", "Session", "Start", "Step", "Window", "fit", "opened", "refusal", "steps"]
+__all__ = ["Event", "Pretrain", "Progress", "Session", "Start", "Step", "Window", "fit", "opened", "steps"]
 
 
 def steps(run: Run) -> Iterator[Step]:
@@ -61,7 +61,7 @@ def steps(run: Run) -> Iterator[Step]:
 @contextmanager
 def opened(run: Run) -> Iterator[Session]:
     """A run about to begin or to go on, whose steps are then taken by iterating; raises what `steps` does."""
-    check(run)
+    run.check()
     session: Session | None = None
 
     def last_words(error: Exception | str) -> None:
@@ -130,6 +130,7 @@ class Session:
         self.network = world.share(model, sharded=run.parallel == "fsdp")
         if run.compile:
             compile_step(self.network, model)
+        learner.begin()
         groups = learner.parameter_groups(run.weight_decay)
         self.scales = [group.pop("scale") for group in groups]
         self.optimiser = adamw(groups, betas=run.betas)
@@ -359,13 +360,6 @@ class _Done(NamedTuple):
     def bad(self) -> bool:
         """Whether it must not be learnt from."""
         return self.samples > 0 and not (math.isfinite(self.loss) and math.isfinite(self.norm))
-
-
-def autocast(run: Run, device: torch.device) -> Any:
-    """The precision of a run's forward pass on a device."""
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = run.precision == "bfloat16" or (run.precision == "auto" and has_bfloat16)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def compile_step(network: nn.Module, model: nn.Module) -> None:

@@ -77,7 +77,7 @@ def test_help_lists_the_recipe_s_fields_with_its_defaults_and_fits_the_terminal(
 
 
 def test_flags_change_the_run(says: Says) -> None:
-    with mock.patch.object(launch, "fit") as fit:
+    with mock.patch.object(launch, "carry_out") as fit:
         assert says("--epochs", "5", "--base-lr=1e-3", "--betas", "0.8", "0.9", "--micro-batch", "4")[0] == 0
     (run,), _ = fit.call_args
     assert (run.epochs, run.base_lr, run.betas, run.micro_batch, run.batch_size) == (5, 1e-3, (0.8, 0.9), 4, 8)
@@ -144,7 +144,7 @@ def test_the_data_are_the_flag_s_then_the_variable_s_then_the_recipe_s_then_the_
         (desk / name).mkdir()
 
     def root(*arguments: str, recipe: str = "lab_recipes:at_home") -> tuple[object, str]:
-        with mock.patch.object(launch, "fit") as fit:
+        with mock.patch.object(launch, "carry_out") as fit:
             _, out, _ = says(*arguments, recipe=recipe)
         (line,) = [line for line in out.splitlines() if line.startswith("data")]
         return fit.call_args[0][0].data.root, line

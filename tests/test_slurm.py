@@ -505,6 +505,7 @@ def test_a_job_told_to_stop_saves_and_is_queued_again_unless_slurm_ends_it_itsel
 
 def rates(desk: Path, **changes: Any) -> list[Run]:
     run = replace(find_recipe("lab_recipes:tiny")[0], **changes)
+    assert isinstance(run, Run)
     return [replace(run, base_lr=rate, folder=Path(f"runs/lr-{rate:g}")) for rate in (1e-4, 2e-4)]
 
 

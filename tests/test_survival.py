@@ -24,7 +24,7 @@ from convmae import checkpoint
 from convmae.files import lines
 from convmae.journal import Journal
 from convmae.run_folder import failures, occupied
-from convmae.training import Pretrain, Session, Step, fit, opened, refusal, steps
+from convmae.training import Pretrain, Session, Step, fit, opened, steps
 
 TESTS = Path(__file__).parent
 
@@ -362,16 +362,16 @@ def test_a_folder_in_use_is_refused_with_the_name_of_who_uses_it(tmp_path: Path)
     run = a_run(tmp_path)
     list(steps(run))
     with occupied(tmp_path):
-        assert f"process {os.getpid()} on {socket.gethostname()}, trains there" in (refusal(run) or "")
+        assert f"process {os.getpid()} on {socket.gethostname()}, trains there" in (run.refusal() or "")
         with pytest.raises(ValueError, match="is in use"), occupied(tmp_path, patience=0):
             pass
-    assert refusal(run) is None
+    assert run.refusal() is None
 
 
 def test_another_runs_folder_is_known_before_anything_starts(tmp_path: Path) -> None:
     list(steps(a_run(tmp_path, epochs=1)))
-    assert "seed: 0, now 1" in (refusal(a_run(tmp_path, seed=1)) or "")
-    assert refusal(a_run(tmp_path, epochs=3, keep_last=1)) is None
+    assert "seed: 0, now 1" in (a_run(tmp_path, seed=1).refusal() or "")
+    assert a_run(tmp_path, epochs=3, keep_last=1).refusal() is None
 
 
 def test_data_may_move_and_may_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,7 @@ def test_data_may_move_and_may_not_change(tmp_path: Path, monkeypatch: pytest.Mo
         if step.number == 2:
             break
     moved = a_run(tmp_path, data=Noise(root=Path("elsewhere")))
-    assert refusal(moved) is None
+    assert moved.refusal() is None
     assert next(iter(steps(moved))).number == 3
 
     monkeypatch.setenv("NOISE_MISSING", "1")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from ..targets import normalize
 from .layers import ATTENTION_EPS
 from .trunk import Trunk
 
@@ -32,7 +34,7 @@ class Classifier(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """`x (B, C, *size) -> (B, D)`, pooled and normalised: what the head sees."""
-        features = self.trunk(x)
+        features = self.trunk(normalize(x) if x.dtype == torch.uint8 else x)
         if self.pooling == "mean":
             pooled = features.tokens.mean(1)
         else:
@@ -41,6 +43,6 @@ class Classifier(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x (B, C, *size) -> (B, classes)`, logits."""
+        """`x (B, C, *size)`, ImageNet-normalised floats, or uint8 pixels, `-> (B, classes)`, logits."""
         out: Tensor = self.head(self.dropout(self.pool(x)))
         return out

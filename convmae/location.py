@@ -1,0 +1,71 @@
+"""Where a source of samples is: pointing one elsewhere, as `--data` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar
+
+S = TypeVar("S")
+
+
+def has_root(source: object) -> bool:
+    """Whether a source can be pointed elsewhere: whether it has a field `root`."""
+    return dataclasses.is_dataclass(source) and "root" in {field.name for field in dataclasses.fields(source)}
+
+
+def located(source: S, where: str | Path | None) -> S:
+    """The source at a place, or where None is given at its own, as an absolute path.
+
+    Args:
+        source: with a field `root`.
+        where: a folder or file; or a URL, or a pattern of names, where the source takes those.
+
+    Raises:
+        ValueError: the source has no root, the place is not there, or is a URL and the source reads from a disk.
+    """
+    any_: Any = source
+    if not has_root(source):
+        fields = [field.name for field in dataclasses.fields(any_)] if dataclasses.is_dataclass(source) else []
+        there = f"it has {', '.join(fields)}" if fields else "it has no fields"
+        raise ValueError(
+            f"the recipe's data, {type(source).__name__}, have no field `root` to replace ({there}). Leave it out, or "
+            "change the recipe."
+        )
+    if where is None:
+        own = any_.root
+        return source if own is None or isinstance(own, str) else _replaced(source, root=_absolute(own))
+    if isinstance(where, str) and ("://" in where or "{" in where):
+        if not _takes(source, "root", str):
+            raise ValueError(
+                f"the recipe's data, {type(source).__name__}, are read from a disk: for shards, take a recipe whose "
+                "data are VideoShards or ImageShards"
+            )
+        return _replaced(source, root=where)
+    root = _absolute(where)
+    if not root.exists():
+        raise ValueError(f"there is no {root}")
+    return _replaced(whole(source) if root.is_file() else source, root=root)
+
+
+def whole(source: S) -> S:
+    """The source without the part of its root that it takes, where it can do without."""
+    if getattr(source, "split", None) is None or not _takes(source, "split", NoneType):
+        return source
+    return _replaced(source, split=None)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _takes(source: object, field: str, kind: type) -> bool:
+    return kind in typing.get_args(typing.get_type_hints(type(source)).get(field))
+
+
+def _replaced(source: S, **changes: Any) -> S:
+    any_: Any = source
+    changed: S = dataclasses.replace(any_, **changes)
+    return changed
