@@ -447,20 +447,22 @@ def carry_out(options: Options, model: nn.Module, source: Source) -> int:
     return 0 if done.files else 1
 
 
-def load(options: Options, axes: int, other: str) -> Any:
-    """The model of the options; raises ValueError where its inputs have other axes: they are another command's."""
-    path = options.model / LAST if options.model.is_dir() else options.model
+def load(path: Path, size: int | None, *, axes: int, other: str) -> Any:
+    """The model of a run's folder or a checkpoint, for inputs of this height and width; None: its own.
+
+    Raises ValueError where there is none, or its inputs have not so many axes: they are another command's.
+    """
     try:
-        model = checkpoint.load(path, size=options.size)
+        model = checkpoint.load(path / LAST if path.is_dir() else path, size=size)
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing
-    if len(size := backbone_of(model).trunk.size) != axes:
-        raise ValueError(f"the model of {options.model} takes inputs of {size}: use `python -m {other}`")
+    if len(found := backbone_of(model).trunk.size) != axes:
+        raise ValueError(f"the model of {path} takes inputs of {found}: use `python -m {other}`")
     return model
 
 
 def _extract(options: Options) -> int:
-    model = load(options, 2, "video.features")
+    model = load(options.model, options.size, axes=2, other="video.features")
     return carry_out(options, model, ImageFolder(root=options.data.absolute()).as_test())
 
 

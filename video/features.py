@@ -33,7 +33,7 @@ class _Options(features.Options):
 
 
 def _extract(options: _Options) -> int:
-    model = features.load(options, 3, "convmae.features")
+    model = features.load(options.model, options.size, axes=3, other="convmae.features")
     videos = Videos(root=options.data.absolute(), sampling=Dense(stride=options.stride))
     return features.carry_out(options, model, videos.as_test(clips=options.clips))
 
