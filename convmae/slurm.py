@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class Slurm:
         exclude: nodes not to use.
         job_name: in the queue. (default: the last part of the run's folder)
         comment: on the job.
-        after: jobs by id, with commas, that must have succeeded before this one starts.
+        after: jobs that must have succeeded before this one starts, by id or by the folder of their run, with commas.
     """
 
     partition: str | None = None
@@ -239,15 +240,24 @@ def request(slurm: Slurm, place: Allocation, name: str) -> dict[str, Any]:
 
 def _dependency(after: str) -> str:
     """SLURM's form of the jobs to come after; it takes those it does not know for done, so they are looked up."""
-    jobs = after.split(",")
+    jobs = [_job_of(job, after) for job in after.split(",")]
     for job in jobs:
-        if not re.fullmatch(r"\d+(_\d+)?", job):
-            raise LaunchError(f"--after {after}: {job!r} is not a job id; write 123 or 123,124 or an array's 125_1")
         if not (states := _states(job)):
             raise LaunchError(f"--after {after}: SLURM knows no job {job}; squeue and sacct list those it knows")
         if bad := _NEVER.intersection(states):
             raise LaunchError(f"--after {after}: job {job} is {bad.pop()}, and this one would never start")
     return "afterok:" + ":".join(jobs)
+
+
+def _job_of(given: str, after: str) -> str:
+    """A job by its id, or the last one that was submitted for a run's folder."""
+    if re.fullmatch(r"\d+(_\d+)?", given):
+        return given
+    jobs = [path for path in (Path(given).expanduser() / SLURM).glob("*") if re.fullmatch(r"\d+(_\d+)?", path.name)]
+    if not jobs:
+        forms = "write 123 or 123,124 or an array's 125_1, or the folder of a run that was submitted"
+        raise LaunchError(f"--after {after}: {given!r} is not a job id; {forms}")
+    return max(jobs, key=lambda path: path.lstat().st_mtime).name
 
 
 def _states(job: str) -> list[str]:

@@ -254,6 +254,20 @@ def test_a_job_comes_after_others_that_run_or_are_done_and_not_at_all_where_they
 
 
 @pytest.mark.usefixtures("knows")
+def test_a_job_comes_after_the_last_one_of_a_run_s_folder(desk: Path, says: Says) -> None:
+    for number, age in (("9", 20), ("7", 10)):
+        folder = desk / "runs" / "before" / "slurm" / number
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - age,) * 2)
+    assert says("--after", "8,runs/before")[0] == 0
+    assert submitted(desk)["dependency"] == "afterok:8:7"
+    code, _, err = says("--after", "runs/nothing")
+    assert code == 2
+    assert "'runs/nothing' is not a job id; write 123" in err
+    assert "or the folder of a run" in err
+
+
+@pytest.mark.usefixtures("knows")
 @pytest.mark.parametrize(
     ("after", "complaint"),
     [
