@@ -104,8 +104,9 @@ class Finetune(Run):
 
     def _kept_builder(self) -> Classifier | None:
         """The builder of the run's own checkpoint: the one that it began with need not be there any more."""
-        found = kept_in(self.folder, "builder")
-        return None if found is None else from_plain(found)
+        kept = kept_in(self.folder, "builder")
+        found = None if kept is None else from_plain(kept)
+        return found if isinstance(found, Classifier) else None  # another kind of run is refused later
 
     def _backbone(self, builder: Any) -> MAE:
         """The builder of a checkpoint's trunk, for this run's input size."""
