@@ -19,9 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from convmae import folder
 from convmae.data import Packed, Sample, UnusableFileError
 from convmae.demo import make
-from convmae.folder import part
+from convmae.folder import Unusable, part
 from convmae.listing import Listing
 
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -170,34 +171,42 @@ class ImageFolder(Stills):
     """Images below `root`, without one the built-in demonstration stills; subfolders, if any, are the classes.
 
     With a `split`, such as "val", those of this subfolder of `root` alone: see `convmae.folder.part`. Without one, the
-    demonstration's "train".
+    demonstration's "train". Where `python -m video.scan --images` has left a manifest, files that it found unusable are
+    left out.
     """
 
     root: Path | None = None
     split: str | None = None
+    manifest: Path | None = None
+    """What the scan wrote, where it was told to write elsewhere than beside the data."""
 
     def open(self, size: tuple[int, ...]) -> ImageSamples:
         """List the images, to be loaded at `size`, `(H, W)` pixels.
 
-        Raises ValueError where `size` has not two axes, or `root` is not a folder or holds no image or no such split,
-        or the demonstration set cannot be written.
+        Raises ValueError where `size` has not two axes, `root` is not a folder or holds no image or no such split, the
+        manifest cannot be read, or the demonstration set cannot be written.
         """
         self.check(size)
         root = self.root
         if root is None:
             root = make() / "train" if self.split is None else make()
         found = part(root, self.split, IMAGE_SUFFIXES)
-        return ImageSamples(source=self, root=root, size=(size[0], size[1]), listing=found)
+        entries = folder.entries(self.root, found.files, self.manifest)
+        known = folder.without_unusable(found, entries, root)
+        return ImageSamples(
+            source=self, root=root, size=(size[0], size[1]), listing=known.listing, left_out=known.left_out
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSamples:
-    """The images of an opened `ImageFolder`."""
+    """The images of an opened `ImageFolder`; `left_out` are those that the manifest calls unusable."""
 
     source: ImageFolder
     root: Path
     size: tuple[int, int]
     listing: Listing
+    left_out: tuple[Unusable, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -208,7 +217,8 @@ class ImageSamples:
         return len(self.listing.files)
 
     def __repr__(self) -> str:
-        return f"{len(self)} images of {self.size} in {str(self.root)!r}"
+        without = f", without {len(self.left_out)} that are unusable" if self.left_out else ""
+        return f"{len(self)} images of {self.size} in {str(self.root)!r}{without}"
 
     def name(self, index: int) -> str:
         """The path of an image."""

@@ -169,7 +169,7 @@ def test_a_manifest_leaves_out_what_is_unusable_and_keeps_to_what_is_intact(
         manifest.Entry(file="b/3.mp4", usable=True, intact=(0, 40), **known),
     ]
     manifest.write(manifest.beside(tmp_path), entries)
-    with caplog.at_level("INFO", "video"):
+    with caplog.at_level("INFO", "convmae.folder"):
         samples = Videos(root=tmp_path, sampling=Dense(stride=1)).open((4, 32, 32))
     assert [Path(samples.name(index)).name for index in range(len(samples))] == ["2.mp4", "3.mp4", "4.mp4"]
     assert repr(samples).endswith("without 1 that are unusable")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -15,19 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convmae import manifest
+from convmae import folder
 from convmae.data import Packed, Sample
-from convmae.folder import part
+from convmae.folder import Unusable, part
 from convmae.images import IMAGE_SUFFIXES, Augment, Crop
 from convmae.listing import Listing
-from convmae.manifest import Entry
 from video import lists, readers
 from video.clips import Dense, MultiScaleCrop, Sampling, Views, many
 from video.demo import make
 from video.lists import VIDEO_SUFFIXES
 from video.readers.protocol import RefusedError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,55 +191,19 @@ class Videos(Clips):
         """
         self.check(size)
         found = self.listing()
-        return _without_unusable(self, size, found, self._entries(found))
-
-    def _entries(self, found: Listing) -> dict[str, Entry]:
-        """What manifests know: the one that is named, or those beside the root and in the folders right below it."""
-        if self.manifest is not None:
-            if not self.manifest.is_file():
-                raise ValueError(f"manifest={str(self.manifest)!r} is not there: `python -m video.scan` writes one")
-            return manifest.load(self.manifest)
-        if self.root is None:
-            return {}
-        entries: dict[str, Entry] = {}
-        below = {name.partition(os.sep)[0] for name in found.files if os.sep in name} if self.root.is_dir() else set()
-        for inside in sorted(below):
-            if (path := self.base / inside / manifest.NAME).is_file():
-                entries |= {os.path.join(inside, name): entry for name, entry in manifest.load(path).items()}
-        if (path := manifest.beside(self.root)).is_file():
-            entries |= manifest.load(path)
-        return entries
-
-
-def _without_unusable(
-    source: Videos, size: tuple[int, ...], found: Listing, entries: Mapping[str, Entry]
-) -> VideoSamples:
-    """The samples that the manifest does not call unusable, and what it knows of them."""
-    kept, intact, by_pyav, reasons = [], [], [], Counter[str]()
-    for index, name in enumerate(found.files if entries else ()):
-        entry = entries.get(name)
-        if entry is not None and not entry.usable:
-            reasons[entry.reason] += 1
-            continue
-        kept.append(index)
-        intact.append((0, 0) if entry is None else entry.intact)
-        by_pyav.append(entry is not None and entry.reader == "pyav")
-    if entries and not kept:
-        raise ValueError(f"all of the {len(found.files)} videos are unusable, as the manifest of {source.root} has it")
-    for reason, count in reasons.most_common():
-        log.info("left out, as the manifest has it: %d x %s", count, reason)
-    unknown = sum(name not in entries for name in found.files) if entries else 0
-    if unknown:
-        log.warning("%d files are not in the manifest: `python -m video.scan %s` looks at them", unknown, source.root)
-    return VideoSamples(
-        source=source,
-        base=str(source.base),
-        size=(size[0], size[1], size[2]),
-        listing=found.take(kept) if reasons else found,
-        left_out=reasons.total(),
-        intact=np.array(intact, np.int32).reshape(-1, 2) if entries else None,
-        by_pyav=np.array(by_pyav, bool) if entries else None,
-    )
+        entries = folder.entries(self.root, found.files, self.manifest)
+        known = folder.without_unusable(found, entries, self.base)
+        intact = [(0, 0) if entry is None else entry.intact for entry in known.entries]
+        by_pyav = [entry is not None and entry.reader == "pyav" for entry in known.entries]
+        return VideoSamples(
+            source=self,
+            base=str(self.base),
+            size=(size[0], size[1], size[2]),
+            listing=known.listing,
+            left_out=known.left_out,
+            intact=np.array(intact, np.int32).reshape(-1, 2) if entries else None,
+            by_pyav=np.array(by_pyav, bool) if entries else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -257,7 +215,7 @@ class VideoSamples:
         base: the folder that paths are relative to.
         size: of a clip, `(T, H, W)`.
         listing: the videos and their classes.
-        left_out: how many the manifest calls unusable.
+        left_out: those that the manifest calls unusable.
         intact: first and stop of the undamaged frames of each, int32 `(N, 2)`; None without a manifest.
         by_pyav: which of them another reader would get wrong, bool `(N)`; None without a manifest.
     """
@@ -266,7 +224,7 @@ class VideoSamples:
     base: str
     size: tuple[int, int, int]
     listing: Listing
-    left_out: int = 0
+    left_out: tuple[Unusable, ...] = ()
     intact: NDArray[np.int32] | None = None
     by_pyav: NDArray[np.bool_] | None = None
 
@@ -284,7 +242,7 @@ class VideoSamples:
         return len(self.listing.files)
 
     def __repr__(self) -> str:
-        without = f", without {self.left_out} that are unusable" if self.left_out else ""
+        without = f", without {len(self.left_out)} that are unusable" if self.left_out else ""
         return f"{len(self)} videos as clips of {self.size} in {str(self.source.root or self.base)!r}{without}"
 
     def name(self, index: int) -> str:
