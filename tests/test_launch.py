@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from unittest import mock
@@ -14,6 +15,8 @@ import torch
 from lab import ROOT, Says, command, desk, lab, launcher, metrics, place, run_launcher, says, slurm
 
 from convmae import launch
+from convmae.evaluate import Evaluate
+from convmae.finetune import Finetune
 
 __all__ = ["desk", "lab", "says"]
 
@@ -390,3 +393,82 @@ def processes_of(desk: Path, part: str = "") -> list[int]:
         if str(desk) in line and part in line:
             found.append(int(path.parent.name))
     return found
+
+
+# ---- finetuning and tests --------------------------------------------------------------------------------------------
+
+FINETUNE = ("--recipe", "convmae.recipes:demo_finetune")
+
+
+def asked(says: Says, *arguments: str) -> tuple[object, str]:
+    """What would be carried out, and what is said before."""
+    with mock.patch.object(launch, "carry_out") as done:
+        code, out, err = says(*arguments)
+    assert code == 0, err
+    (task,), _ = done.call_args
+    return task, out
+
+
+def test_a_finetuning_run_says_where_it_starts_and_what_it_is_tested_on(desk: Path, says: Says) -> None:
+    (desk / "before").mkdir()
+    for split in ("train", "val"):
+        (desk / "photos" / split).mkdir(parents=True)
+    run, out = asked(says, *FINETUNE, "--checkpoint", "before", "--data", "photos", "--layer-decay", "0.6")
+    assert isinstance(run, Finetune)
+    assert run.checkpoint == desk / "before"
+    assert run.layer_decay == 0.6
+    assert (run.data, run.test) == (
+        replace(run.data, root=desk / "photos", split="train"),
+        replace(run.test, root=desk / "photos", split="val"),
+    )
+    assert f"weights  {desk}/before\n" in out
+    assert f"test     {desk}/photos, val\n" in out
+    _, out = asked(says, *FINETUNE)
+    assert "weights  none: from scratch, as there is no --checkpoint\n" in out
+    assert "test     the built-in demo set, val, as neither" in out
+
+
+def test_a_test_s_own_place_is_taken_whole(desk: Path, says: Says) -> None:
+    for name in ("learn/train", "judge"):
+        (desk / name).mkdir(parents=True)
+    run, out = asked(says, *FINETUNE, "--data", "learn", "--test", "judge")
+    assert isinstance(run, Finetune)
+    assert run.test == replace(run.test, root=desk / "judge", split=None)
+    assert f"test     {desk}/judge\n" in out
+
+
+def test_a_checkpoint_must_be_there_unless_a_job_is_to_make_it(desk: Path, says: Says) -> None:
+    code, _, err = says(*FINETUNE, "--checkpoint", "later")
+    assert code == 2
+    assert f"--checkpoint later: there is no {desk}/later. One that a job is still to make is for --after JOB" in err
+
+
+def test_help_of_finetuning_tells_all_its_fields(says: Says) -> None:
+    code, out, _ = says(*FINETUNE, "--help")
+    assert code == 0
+    text = " ".join(out.replace("│", " ").split())
+    for told in (
+        "--checkpoint PATH where to start from: a run's folder",
+        "--layer-decay FLOAT factor between the learning rates",
+        "--epochs FLOAT passes over the data. (default: 20)",
+        "--workers INT loader processes of each process.",
+        "--test PATH where the samples for tests are.",
+    ):
+        assert told in text, told
+    for absent in ("--mixing", "--erasing", "--model"):
+        assert absent not in out
+
+
+def test_a_test_takes_its_flags(desk: Path, says: Says) -> None:
+    (desk / "run").mkdir()
+    (desk / "videos").mkdir()
+    flags = ("--recipe", "convmae.recipes:evaluate", "--checkpoint", "run", "--data", "videos", "--clips", "10")
+    task, out = asked(says, *flags)
+    assert isinstance(task, Evaluate)
+    assert (task.checkpoint, task.root, task.clips, task.crops) == (desk / "run", str(desk / "videos"), 10, None)
+    assert f"data     {desk}/videos\n" in out
+    code, _, err = says("--recipe", "convmae.recipes:evaluate")
+    assert code == 2
+    assert "there is no classifier to test: give --checkpoint" in err
+    code, _, err = says("--recipe", "convmae.recipes:evaluate", "--checkpoint", "run", "--data", "nowhere")
+    assert (code, f"--data nowhere: there is no {desk}/nowhere" in err) == (2, True)
