@@ -76,6 +76,7 @@ class Journal:
         self.examination = start.run.examination(start.learner, start.world, start.beat)
         self.closing = contextlib.ExitStack()
         self.number, self.saved = start.first, start.first
+        self.untested = False
         self.last: dict[str, Any] = {}
         self.page_due = 0.0
 
@@ -85,7 +86,6 @@ class Journal:
                 self._open(closing)
                 self.closing = closing.pop_all()
         self._draw_if_due(self.start.first, missing_only=True)
-        self._examine_if_due(self.start.first, missing_only=True)
         return self
 
     def _open(self, closing: contextlib.ExitStack) -> None:
@@ -216,6 +216,16 @@ class Journal:
             if paths and self.start.world.first:
                 self.board.add_image("reconstructions", _png(paths[0]), number, dataformats="HWC")
 
+    def interrupted(self, saved: int) -> None:
+        """Take note of a stop between two steps."""
+        self.saved, self.untested = saved, True
+        if self.start.world.first:
+            note(self.folder, "stopping", self.number, "asked to, by a signal, while being tested")
+
+    def examine_if_missing(self) -> None:
+        """What a stop or a kill has left out, and what comes before the first step."""
+        self._examine_if_due(self.start.first, missing_only=True)
+
     def _examine_if_due(self, number: int, *, missing_only: bool = False) -> None:
         """What the run has learnt so far, after every so many epochs and at the end."""
         start, examination = self.start, self.examination
@@ -267,7 +277,7 @@ class Journal:
             print_(f"[yellow]{files} files could not be used, {sum(self.skipped.values())} samples skipped:")
             for (name, reason), count in self.skipped.most_common():
                 print_(f"  {count} x {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
-        if self.number < self.start.total or failed:
+        if self.number < self.start.total or failed or self.untested:
             at = f"stopped after step {self.number} of {self.start.total}"
             print_(f"{at}: the same command goes on from step {self.saved}, the last that was saved")
         elif self.last:

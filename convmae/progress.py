@@ -85,7 +85,7 @@ class Start:
     total: int
     progress: Progress
     beat: Callable[[], None]
-    """To be called from time to time in whatever takes long between steps: the watchdog would end the process."""
+    """See `Session.breathe`."""
 
     @property
     def model(self) -> nn.Module:

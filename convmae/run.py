@@ -249,7 +249,8 @@ class Run(Task):
     def examination(self, learner: Learner, world: World, beat: Callable[[], None]) -> Examination | None:
         """What tells from time to time how much was learnt; None: nothing does.
 
-        `beat` is to be called after every batch, for whatever makes no step for long is taken to hang.
+        `beat` is to be called after every batch, equally often by all processes: for whatever makes no step for long is
+        taken to hang, and by it all hear that one was asked to stop.
         """
         return None
 

@@ -142,7 +142,7 @@ class Session:
             self.keeper.finish_writing()
         self.bad_in_a_row = 0
         total = self.stream.steps_in(run.epochs)
-        self.start = Start(run, world, learner, samples, self.progress.step, total, self.progress, watchdog.beat)
+        self.start = Start(run, world, learner, samples, self.progress.step, total, self.progress, self.breathe)
 
     def __enter__(self) -> Session:
         return self
@@ -161,6 +161,24 @@ class Session:
                 yield step
                 if step.stopping or (step.number == self.start.total and step.back_to is None):
                     return
+
+    def breathe(self) -> None:
+        """To be called in whatever takes long between steps, equally often by all processes.
+
+        Raises StopRequested, in all of them, where one was asked to stop.
+        """
+        self.watchdog.beat()
+        asked = torch.tensor(float(self.stop.is_set()), device=self.world.device)
+        if self.world.sum(asked).item():
+            raise StopRequested
+
+    def save(self) -> int:
+        """Write a checkpoint now, unless this step has one; all processes call it. The step of the newest one."""
+        self.keeper.finish_writing()
+        if self.world.tell(lambda: self.keeper.newest) != self.progress.step and not self.bad_in_a_row:
+            self.keeper.save(self.progress)
+            self.keeper.finish_writing()
+        return self.keeper.newest
 
     def _rehearse(self) -> None:
         """A backward pass for nothing, where DDP shares the gradients.
@@ -346,6 +364,10 @@ class Session:
         return kept.step
 
 
+class StopRequested(Exception):
+    """A process was asked to stop while it did something between two steps."""
+
+
 class _Done(NamedTuple):
     """What a step came to, over all processes; `losses` are this process's, by micro-batch."""
 
@@ -423,7 +445,12 @@ def fit(run: Run) -> bool:
 
     stopped = False
     with console_log() as console, opened(run) as session, Journal(session.start, console) as journal:
-        for step in session:
-            journal.record(step)
-            stopped = step.stopping
+        try:
+            journal.examine_if_missing()
+            for step in session:
+                journal.record(step)
+                stopped = step.stopping
+        except StopRequested:
+            journal.interrupted(session.save())
+            stopped = True
     return not stopped

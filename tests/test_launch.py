@@ -17,6 +17,7 @@ from lab import ROOT, Says, command, desk, lab, launcher, metrics, place, run_la
 from convmae import launch
 from convmae.evaluate import Evaluate
 from convmae.finetune import Finetune
+from convmae.images import ImageFolder
 
 __all__ = ["desk", "lab", "says"]
 
@@ -417,6 +418,8 @@ def test_a_finetuning_run_says_where_it_starts_and_what_it_is_tested_on(desk: Pa
     assert isinstance(run, Finetune)
     assert run.checkpoint == desk / "before"
     assert run.layer_decay == 0.6
+    assert isinstance(run.data, ImageFolder)
+    assert isinstance(run.test, ImageFolder)
     assert (run.data, run.test) == (
         replace(run.data, root=desk / "photos", split="train"),
         replace(run.test, root=desk / "photos", split="val"),
@@ -433,6 +436,7 @@ def test_a_test_s_own_place_is_taken_whole(desk: Path, says: Says) -> None:
         (desk / name).mkdir(parents=True)
     run, out = asked(says, *FINETUNE, "--data", "learn", "--test", "judge")
     assert isinstance(run, Finetune)
+    assert isinstance(run.test, ImageFolder)
     assert run.test == replace(run.test, root=desk / "judge", split=None)
     assert f"test     {desk}/judge\n" in out
 
