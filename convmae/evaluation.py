@@ -185,9 +185,9 @@ def evaluate(
 ) -> Scores:
     """Test a network on every sample once; all processes call it, and all get the same scores.
 
-    Each forward pass of each process is of the same shape, filled up with zeros where samples are lacking: so a sample
-    is computed alike with any number of processes, and whatever else could not be loaded. The network, the processes'
-    random state and its training mode are left as they were.
+    Each forward pass of each process is of the same shape, filled up with zeros where samples are lacking: so with the
+    same `batch_size`, a sample is computed alike on any number of processes, whatever else is in its batch. The
+    network, the processes' random state and its training mode are left as they were.
 
     Args:
         network: ImageNet-normalised `x (B, 3, *size)` to logits `(B, classes)`; where DDP shares it, the one inside is
@@ -212,8 +212,7 @@ def evaluate(
             another number of classes; a sample is unusable and that is an error; or none can be used.
         FloatingPointError: a logit is not finite.
     """
-    named = _named(samples, classes, names)
-    _check_labels(samples, classes)
+    named = check(samples, classes, names)
     left_out: tuple[Unusable, ...] = tuple(getattr(samples, "left_out", ()))
     if unusable == "error" and left_out:
         raise _refused(left_out[0])
@@ -380,6 +379,16 @@ def _together(
 
 
 # ---- labels and names ------------------------------------------------------------------------------------------------
+
+
+def check(samples: Samples, classes: int, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the classes, where samples suit a network with so many, which was trained with these names, if any.
+
+    Raises ValueError where classes have other names, and where a listing has labels that are no classes, or none.
+    """
+    named = _named(samples, classes, names)
+    _check_labels(samples, classes)
+    return named
 
 
 def _labels(samples: Samples) -> NDArray[np.integer[Any]] | None:

@@ -27,7 +27,7 @@ from media import CLIPS, MEDIA, UNUSABLE, counting, needs_media
 from PIL import Image
 from torch import Tensor, nn
 
-from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation
+from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation, manifest
 from convmae.data import Sample, UnusableFileError, generator
 from convmae.distributed import World, join
 from convmae.evaluation import Scores, evaluate, write
@@ -211,6 +211,25 @@ def test_unusable_samples_are_counted_and_never_replaced() -> None:
     assert len(scored(*known(samples=11)[:2], unusable="error")) == 11
 
 
+def test_what_a_manifest_has_left_out_counts_as_unusable(tmp_path: Path) -> None:
+    names = [f"{label}/{number}.png" for label in "ab" for number in range(3)]
+    images(tmp_path, *names)
+    bad = manifest.Entry(file="b/1.png", bytes=0, modified=0.0, usable=False, reason="cut short")
+    manifest.write(manifest.beside(tmp_path), [bad])
+    samples = ImageFolder(root=tmp_path).as_test().open((2, 2))
+    (tmp_path / "a" / "2.png").write_bytes(b"")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    scores = scored(network, samples, classes=2)
+    assert [(Path(one.name).name, one.reason, one.label) for one in scores.unusable] == [
+        ("1.png", "cut short", 1),
+        ("2.png", "empty file", 0),
+    ]
+    assert len(scores) == 4
+    assert scores.top1_of_all == pytest.approx(scores.top1 * 4 / 6)
+    with pytest.raises(ValueError, match=r"b/1\.png: cut short\. A test with unusable='error'"):
+        scored(network, samples, classes=2, unusable="error")
+
+
 def test_a_sample_over_which_its_loader_hangs_is_unusable(caplog: pytest.LogCaptureFixture) -> None:
     network, samples, _ = known(samples=9, hangs=(3,))
     scores = scored(network, samples, workers=1, seconds=1.0)
@@ -365,7 +384,7 @@ def classifier() -> nn.Module:
 
 
 def clips(root: Path, *, count: int | None = None) -> Path:
-    """Real clips in some classes, damaged ones among them: 41 files, or the first few."""
+    """Real clips in some classes, damaged ones among them: all, or the first few."""
     paths = sorted([*CLIPS, *(MEDIA / "bad" / name for name in UNUSABLE)], key=lambda path: path.name)
     small = [path for path in paths if "1080p" not in path.name and "720p" not in path.name]
     for place, path in enumerate(small[:count]):

@@ -15,15 +15,18 @@ from media import MEDIA, counting, needs_media, numbers
 from PIL import Image
 from torch import Tensor
 
+from convmae import manifest
 from convmae.augmentation import CentreCrop, Flip
 from convmae.data import Source, Stream
-from convmae.images import Augment, ImageFolder, RandomResizedCrop, Stills, cover, window
+from convmae.folder import Unusable
+from convmae.images import Augment, ImageFolder, RandomResizedCrop, Stills, cover, read, window
 from convmae.plain import from_plain, to_plain
 from convmae.shards import ImageShards, write_shard
 from video import readers
 from video.clips import Dense, Segments, Views, views
 from video.datasets import SomethingSomething
 from video.readers import Track
+from video.scan import scan
 from video.shards import VideoShards
 from video.videos import Clips, Videos
 
@@ -86,11 +89,11 @@ def test_one_view_is_the_centre_of_the_middle(tmp_path: Path) -> None:
 
 def test_all_views_come_from_one_decode_and_none_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counting(tmp_path / "a.mp4", frames=40)
-    asked, read = [], readers.read
+    asked, original = [], readers.read
 
     def counted(*given: object, **named: object) -> readers.Frames:
         asked.append(given)
-        return read(*given, **named)  # type: ignore[arg-type]
+        return original(*given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(readers, "read", counted)
     source = Videos(root=tmp_path, flip=True, augment=(Flip(),), repeats=2, sampling=Dense(stride=1))
@@ -216,8 +219,6 @@ def test_images_as_a_test_looks_at_them_are_their_centres(tmp_path: Path) -> Non
         assert (source.crop, source.flip, source.augment) == (CentreCrop(), False, ())
         assert isinstance(source, Source)
         samples = source.open((24, 24))
-        from convmae.images import read
-
         picture = read(tmp_path / "images" / "a" / "0.png")
         expected = window(cover(picture, (24, 24), mode="bicubic", ratio=256 / 224), (24, 24), 0.5)
         for seed in range(3):
@@ -267,8 +268,6 @@ def test_a_list_has_no_subfolders(tmp_path: Path) -> None:
 
 
 def test_the_manifest_of_the_whole_and_of_the_part_hold_for_a_split(tmp_path: Path) -> None:
-    from convmae import manifest
-
     for name in ("train/a/1.mp4", "val/a/2.mp4", "val/a/3.mp4", "val/a/4.mp4"):
         make_video(tmp_path / name)
 
@@ -279,6 +278,29 @@ def test_the_manifest_of_the_whole_and_of_the_part_hold_for_a_split(tmp_path: Pa
     manifest.write(manifest.beside(tmp_path / "val"), [bad("a/3.mp4")])
     samples = Videos(root=tmp_path, split="val").open((2, 8, 8))
     assert [os.path.basename(samples.name(index)) for index in range(len(samples))] == ["4.mp4"]
+
+
+def test_a_manifest_of_images_leaves_out_what_is_unusable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "train/b/3.png"):
+        ramp(tmp_path / name)
+    (tmp_path / "train" / "a" / "1.png").write_bytes(b"")
+    scan(tmp_path / "train", workers=1, pictures=True)
+    for source in (ImageFolder(root=tmp_path / "train"), ImageFolder(root=tmp_path, split="train")):
+        with caplog.at_level("INFO", "convmae.folder"):
+            samples = source.open((8, 8))
+        assert [os.path.basename(samples.name(index)) for index in range(len(samples))] == ["2.png", "3.png"]
+        assert [sample.label for sample in (samples.load(0, seeded()), samples.load(1, seeded()))] == [1, 1]
+        assert samples.left_out == (Unusable(str(tmp_path / "train/a/1.png"), "empty file", 0),)
+        assert repr(samples).endswith("without 1 that are unusable")
+        assert "left out, as the manifest has it: 1 x empty file" in caplog.messages
+    elsewhere = (tmp_path / "train" / manifest.NAME).rename(tmp_path / "elsewhere")
+    assert len(ImageFolder(root=tmp_path / "train").open((8, 8))) == 3
+    assert len(ImageFolder(root=tmp_path / "train", manifest=elsewhere).open((8, 8))) == 2
+    manifest.write(elsewhere, [replace(entry, usable=False) for entry in manifest.load(elsewhere).values()])
+    with pytest.raises(ValueError, match=r"all 3 files in .* are unusable, as their manifest has it"):
+        ImageFolder(root=tmp_path / "train", manifest=elsewhere).open((8, 8))
+    with pytest.raises(ValueError, match=r"manifest='gone' is not there: `python -m video\.scan` writes one"):
+        ImageFolder(root=tmp_path / "train", manifest=Path("gone")).open((8, 8))
 
 
 @pytest.mark.slow
