@@ -28,9 +28,10 @@ def draw(matrix: NDArray[np.int64], classes: Sequence[str]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = len(classes)
-    figure = Figure(figsize=(13, 8.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(13, 8.6), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15), facecolor="white")
     FigureCanvasAgg(figure)
     axes, beside = figure.subplots(1, 2, width_ratios=(8, 5))
     part = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -83,7 +84,7 @@ def _list_mistakes(axes: Axes, matrix: NDArray[np.int64], classes: Sequence[str]
     if not pairs:
         lines.append("none")
     for place, line in enumerate(lines):
-        text = axes.text(0, 0.985 - 0.0385 * place, line, transform=axes.transAxes, fontsize=8.5, va="top")
+        text = axes.text(0, 0.985 - 0.0385 * place, line, transform=axes.transAxes, fontsize=8, va="top")
         text.set_parse_math(False)
         text.set_in_layout(False)  # the matrix has the same place whatever is listed
 
