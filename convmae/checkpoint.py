@@ -126,24 +126,27 @@ def _first_line(problem: Exception) -> str:
     return line
 
 
-def load(path: str | Path, *, size: int | Sequence[int] | None = None) -> Any:
+def load(path: str | Path, *, size: int | Sequence[int] | None = None, average: bool = False) -> Any:
     """Build the model that a checkpoint holds, with its weights, on the CPU in evaluation mode: outputs are equal.
 
     Args:
         path: the file.
         size: build for this input size instead, `(H, W)` or `(T, H, W)` pixels; positions are resized.
+        average: with the averaged weights that a finetuning run has kept beside the others.
 
     Raises:
-        ValueError: the file is not a checkpoint or is damaged, a class of the user's cannot be imported, or the size
-            does not suit the model.
+        ValueError: the file is not a checkpoint or is damaged, a class of the user's cannot be imported, the size does
+            not suit the model, or there are no averaged weights.
         FileNotFoundError: there is no such file.
     """
     content = read(path)
+    if average and "average" not in content:
+        raise ValueError(f"{path} has no averaged weights: its run kept none (--average)")
     builder = content["builder"] if size is None else content["builder"].input(size)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random state stays
         model = builder.build()
     try:
-        load_weights(model, content["weights"])
+        load_weights(model, content["average" if average else "weights"])
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
     return model.eval()

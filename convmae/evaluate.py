@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from . import weights
 from .data import Source
 from .distributed import join
 from .evaluation import SHOWN, Scores, evaluate, write
@@ -109,8 +110,6 @@ def test(task: Evaluate) -> bool:
         ValueError: there is no classifier or nothing to test on, or they do not suit each other.
         FloatingPointError: an output is not finite.
     """
-    from . import weights
-
     task.check()
     assert task.checkpoint is not None
     watchdog = Watchdog(task.hang_minutes, lambda error: record_failure(task.folder, error, step=None))

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import weights
 from .augmentation import Erasing, Mixing
 from .builders import MAE, Classifier
 from .checkpoint import load_weights
 from .data import Samples, Source
 from .distributed import World
-from .evaluation import _check_labels, _named, evaluate, write
+from .evaluation import check, evaluate, write
 from .learners import Classification, Examination, Learner
 from .nn.classifier import Pooling
 from .plain import from_plain
@@ -85,8 +86,6 @@ class Finetune(Run):
         kept = self._kept_builder()
         pretrained = None
         if kept is None and self.checkpoint is not None:
-            from . import weights
-
             pretrained = weights.load(self.checkpoint)
         if kept is None:
             backbone = self.model if pretrained is None else self._backbone(pretrained.builder)
@@ -161,8 +160,7 @@ class _Test:
         quick = getattr(test, "as_test", lambda: test)()
         self.quick, self.whole = (world.tell(partial(one.open, run.model.size)) for one in (quick, test))
         for samples in (self.quick, self.whole):
-            _named(samples, learner.classes, learner.model.builder.names)
-            _check_labels(samples, learner.classes)
+            check(samples, learner.classes, learner.model.builder.names)
 
     def take(self, *, last: bool) -> dict[str, float]:
         """Figures of the weights, and as `average_...` of their average; files go to `test/` in the end."""

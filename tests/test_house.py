@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
         "convmae.run_folder",
         "convmae.snapshot",
     },
-    {"convmae.average", "convmae.listing", "convmae.manifest", "convmae.report"},
+    {"convmae.average", "convmae.listing", "convmae.manifest", "convmae.report", "convmae.weights"},
     {"convmae.confusion", "convmae.folder"},
     {"convmae.evaluation"},
     {"convmae.images"},
