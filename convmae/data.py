@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -124,6 +125,11 @@ def generator(*key: int) -> torch.Generator:
 def repeats(samples: Samples) -> int:
     """How many clips each of the samples gives."""
     return int(getattr(samples, "repeats", 1))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from . import weights
-from .data import Source
+from .data import Source, usable_cpus
 from .distributed import join
 from .evaluation import SHOWN, Scores, evaluate, write
 from .files import write_whole
@@ -28,6 +28,8 @@ from .watchdog import Watchdog
 class Evaluate(Task):
     """A test of a classifier; its scores, predictions and confusion go to the folder.
 
+    There are at most as many `workers` as CPUs.
+
     Args:
         checkpoint: the classifier: a finetuning run's folder, or a file that `convmae.weights.load` reads.
         data: what it is tested on; None: what the run that made it tests on.
@@ -35,7 +37,7 @@ class Evaluate(Task):
         clips: of each video; None: as the data have it.
         crops: of each clip, 1 or 3; None: as the data have it.
         average: test the averaged weights that the run kept.
-        batch_size: views that a process takes at once, at least all those of one sample.
+        batch_size: most views in a forward pass of each process.
         unusable: whether a file that cannot be used ends the test, or is counted.
     """
 
@@ -131,7 +133,7 @@ def test(task: Evaluate) -> bool:
                     names=model.builder.names,
                     world=world,
                     batch_size=task.batch_size,
-                    workers=task.workers,
+                    workers=min(task.workers, usable_cpus()),
                     autocast=autocast(task, world.device),
                     seconds=task.sample_seconds,
                     method=task.worker_start,

@@ -51,9 +51,9 @@ def desk(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(desk: Path, *flags: str, **environment: str) -> str:
+def launch(desk: Path, *flags: str, launcher: str = "slurm_pretrain.py", **environment: str) -> str:
     """Type the launcher's command: the job's id."""
-    command = ["python", "launchers/slurm_pretrain.py", *flags]
+    command = ["python", f"launchers/{launcher}", *flags]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ours = {**os.environ, "PATH": path, **environment}
     done = subprocess.run(command, cwd=desk, env=ours, capture_output=True, text=True, timeout=120)
@@ -295,12 +295,23 @@ def test_any_layout_has_the_same_global_batches_and_losses(desk: Path) -> None:
 # --- several jobs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_after_another_waits_for_it(desk: Path) -> None:
-    first, folder = marathon(desk, "first", "--epochs", "3", "--warmup-epochs", "1")
-    second, after = marathon(desk, "second", "--epochs", "3", "--warmup-epochs", "1", "--after", first)
+def test_pretraining_finetuning_and_its_test_are_three_commands_each_after_the_one_before(desk: Path) -> None:
+    """On the demo set, as the README has them, but for less than an epoch."""
+    short = ("--nodes", "4", *SMALL, "--epochs", "0.3", "--warmup-epochs", "0.1")
+    first = launch(desk, *short)
+    tuned = ("--checkpoint", "runs/demo", "--after", "runs/demo")
+    second = launch(desk, *short, *tuned, launcher="slurm_finetune.py")
+    tested = ("--checkpoint", "runs/demo_finetune", "--after", "runs/demo_finetune")
+    third = launch(desk, "--nodes", "4", *SMALL, *tested, launcher="slurm_evaluate.py")
     assert f"Dependency=afterok:{first}" in ask("scontrol", "show", "job", second)
-    assert until_over(second, after) == "COMPLETED"
-    assert next(lines(after / "events.jsonl"))["time"] > list(lines(folder / "events.jsonl"))[-1]["time"]
+    assert f"Dependency=afterok:{second}" in ask("scontrol", "show", "job", third)
+    folders = [desk / "runs" / name for name in ("demo", "demo_finetune", "evaluate")]
+    assert until_over(third, folders[2], seconds=900) == "COMPLETED"
+    assert next(lines(folders[1] / "events.jsonl"))["time"] > list(lines(folders[0] / "events.jsonl"))[-1]["time"]
+    one, other = (json.loads((folder / "scores.json").read_text()) for folder in (folders[1] / "test", folders[2]))
+    assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-5)
+    assert one == other
+    assert (one["samples"], one["views"], one["unusable"], one["classes"]) == (80, 2, 0, 8)
 
 
 def test_a_sweep_is_an_array_whose_elements_go_on_by_themselves(desk: Path) -> None:

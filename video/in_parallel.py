@@ -65,11 +65,6 @@ def _begin() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Shown:
     """How far it is, on the terminal's error stream: a bar, or where there is no terminal a line every 30 seconds."""
 

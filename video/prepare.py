@@ -39,12 +39,12 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from convmae import command
-from convmae.data import UNLABELLED, UnusableFileError
+from convmae.data import UNLABELLED, UnusableFileError, usable_cpus
 from convmae.files import append_line, lines, write_whole, writing
 from convmae.listing import Listing
 from convmae.shards import INDEX, Index, Place, index_of, save_index, write_shard
 from video import readers
-from video.in_parallel import LostError, Shown, in_processes, usable_cpus
+from video.in_parallel import LostError, Shown, in_processes
 from video.readers.protocol import one_line
 from video.readers.pyav import Index as Packets
 from video.readers.pyav import best_stream, container_of

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convmae import command, manifest
+from convmae.data import usable_cpus
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import listing
 from convmae.manifest import Entry
 from video.examine import examine, examine_image
-from video.in_parallel import LostError, Shown, in_processes, usable_cpus
+from video.in_parallel import LostError, Shown, in_processes
 from video.videos import Videos
 
 SECONDS = 120.0

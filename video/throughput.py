@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 
 from convmae import command
-from convmae.data import Stream, UnusableFileError, generator
+from convmae.data import Stream, UnusableFileError, generator, usable_cpus
 from video import readers
 from video.clips import Dense
-from video.in_parallel import usable_cpus
 from video.videos import Videos, VideoSamples
 
 Size = tuple[int, int, int]
