@@ -50,11 +50,14 @@ LAUNCHES = [line for block in blocks("bash") for line in block.splitlines() if l
 def test_every_launcher_line_is_valid_as_typed(line: str, tmp_path: Path) -> None:
     """Up to submission: paths of a cluster are replaced by a folder that is here, and nothing is queued."""
     (tmp_path / "clip.mp4").touch()
+    for run in ("demo", "demo_finetune"):
+        (tmp_path / "runs" / run / "slurm" / "7").mkdir(parents=True)
     words = [str(tmp_path) if word.startswith("/data/") else word for word in shlex.split(line)]
     command = [sys.executable, str(ROOT / words[1]), *words[2:], "--dry-run", "--folder", str(tmp_path / "run")]
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    for name, answer in {"sbatch": "", "sinfo": "all*|8|64|256000|1-00:00:00|gpu:8"}.items():
+    answers = {"sbatch": "", "sinfo": "all*|8|64|256000|1-00:00:00|gpu:8", "squeue": "RUNNING"}
+    for name, answer in answers.items():
         program = bin_folder / name
         program.write_text(f"#!/bin/sh\necho '{answer}'\n")
         program.chmod(0o755)
