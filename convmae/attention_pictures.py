@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from . import command
 from .builders import backbone_of
 from .data import UnusableFileError
-from .features import load
 from .grids import Grid
 from .images import CentreCrop, read
 from .nn.layers import Attention
 from .nn.trunk import AttentionStage
 from .pictures import _GROUND, _sheet, _write_png
+from .weights import load_taking
 
 Query = Literal["all", "class"] | tuple[int, ...]
 """Whose attention: the mean over all tokens', the class token's, or that of the token at a place of the grid."""
@@ -342,7 +342,7 @@ def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Gri
 
 
 def _draw(options: Options) -> int:
-    model = load(options.model, options.size, axes=2, other="video.attention_pictures")
+    model = load_taking(2, options.model, options.size, other="video.attention_pictures")
 
     def pixels_of(file: Path, size: Grid) -> Tensor:
         return CentreCrop(ratio=1)(read(file), (size[0], size[1]), torch.Generator())

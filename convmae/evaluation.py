@@ -238,7 +238,7 @@ def evaluate(
         seconds=seconds,
         method=method,
     )
-    with _at_rest(tester.network), _progress(len(samples), shown and world.first) as see, closing(batches) as arriving:
+    with at_rest(tester.network), _progress(len(samples), shown and world.first) as see, closing(batches) as arriving:
         for step, [batch] in enumerate(arriving):
             skipped = _skipped(samples, batch, stream.share(step)[0])
             problem = tester.take(batch, samples, found)
@@ -458,7 +458,7 @@ def _differing(names: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 @contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
+def at_rest(network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode, without gradients; then every part of it in the mode that it was in."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

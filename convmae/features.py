@@ -45,13 +45,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import checkpoint, command
+from . import command, weights
 from .builders import backbone_of
 from .data import Batch, Source, Stream, UnusableFileError, repeats
 from .files import sweep, write_whole, writing
 from .images import ImageFolder
 from .nn.backbone import Backbone
-from .run_folder import LAST
 
 Format = Literal["npz", "safetensors"]
 Precision = Literal["float32", "bfloat16"]
@@ -447,22 +446,8 @@ def carry_out(options: Options, model: nn.Module, source: Source) -> int:
     return 0 if done.files else 1
 
 
-def load(path: Path, size: int | None, *, axes: int, other: str) -> Any:
-    """The model of a run's folder or a checkpoint, for inputs of this height and width; None: its own.
-
-    Raises ValueError where there is none, or its inputs have not so many axes: they are another command's.
-    """
-    try:
-        model = checkpoint.load(path / LAST if path.is_dir() else path, size=size)
-    except FileNotFoundError as missing:
-        raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing
-    if len(found := backbone_of(model).trunk.size) != axes:
-        raise ValueError(f"the model of {path} takes inputs of {found}: use `python -m {other}`")
-    return model
-
-
 def _extract(options: Options) -> int:
-    model = load(options.model, options.size, axes=2, other="video.features")
+    model = weights.load_taking(2, options.model, options.size, other="video.features")
     return carry_out(options, model, ImageFolder(root=options.data.absolute()).as_test())
 
 

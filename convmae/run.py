@@ -17,6 +17,7 @@ from .distributed import World
 from .learners import Examination, Learner, Reconstruction
 from .optimisation import learning_rate
 from .plain import from_plain, to_plain
+from .probe import Probe, Probing
 from .run_folder import in_use, kept_in
 
 FREE = (
@@ -40,6 +41,7 @@ FREE = (
     "hang_minutes",
     "log_every",
     "pictures",
+    "probe",
     "test",
     "test_every",
     "wandb",
@@ -262,11 +264,13 @@ class Pretrain(Run):
     Args:
         model: the builder of the masked autoencoder.
         pictures: how many times during the run reconstructions are drawn.
+        probe: what the frozen features are probed on meanwhile; None: they are not.
 
     And all fields of `Run`.
     """
 
     pictures: int = 10
+    probe: Probe | None = None
 
     def demands(self) -> list[tuple[str, str, bool]]:
         """What the fields must be."""
@@ -275,6 +279,22 @@ class Pretrain(Run):
     def learner(self, samples: Samples) -> Learner:
         """The masked autoencoder, as its builder initialises it."""
         return Reconstruction(self.model.build())
+
+    def examination(self, learner: Learner, world: World, beat: Callable[[], None]) -> Examination | None:
+        """The probe, if there is one; raises ValueError where its sources hold nothing."""
+        if self.probe is None:
+            return None
+        return Probing(
+            self.probe,
+            learner.model,
+            size=self.model.size,
+            world=world,
+            workers=self.workers,
+            autocast=autocast(self, world.device),
+            seconds=self.sample_seconds,
+            method=self.worker_start,
+            beat=beat,
+        )
 
 
 def autocast(task: Task, device: torch.device) -> Any:

@@ -34,3 +34,19 @@ def load(source: str | Path, *, size: int | Sequence[int] | None = None, average
             raise
         return official.load(path, size=size)
     return checkpoint.load(path, size=size, average=average)
+
+
+def load_taking(axes: int, source: Path, side: int | None = None, *, other: str) -> Any:
+    """As `load`, for a command that is for inputs of so many axes, at another height and width if given.
+
+    Raises ValueError where there is none, or where its inputs have other axes: they are the `other` command's.
+    """
+    try:
+        model = load(source)
+        size = model.get_submodule("trunk").size
+        if len(size) != axes:
+            raise ValueError(f"the model of {source} takes inputs of {size}: use `python -m {other}`")
+        wanted = size if side is None else (*size[:-2], side, side)
+        return model if wanted == size else load(source, size=wanted)
+    except FileNotFoundError as missing:
+        raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing

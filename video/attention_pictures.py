@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from convmae import attention_pictures, command
-from convmae.features import load
 from convmae.grids import Grid
+from convmae.weights import load_taking
 from video.clips import Dense
 from video.videos import Clips
 
@@ -30,7 +30,7 @@ class _Options(attention_pictures.Options):
 
 
 def _draw(options: _Options) -> int:
-    model = load(options.model, options.size, axes=3, other="convmae.attention_pictures")
+    model = load_taking(3, options.model, options.size, other="convmae.attention_pictures")
     clips = Clips(sampling=Dense(stride=options.stride)).as_test()
 
     def pixels_of(file: Path, size: Grid) -> Tensor:

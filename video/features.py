@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convmae import command, features
+from convmae import command, features, weights
 from video.clips import Dense
 from video.videos import Videos
 
@@ -33,7 +33,7 @@ class _Options(features.Options):
 
 
 def _extract(options: _Options) -> int:
-    model = features.load(options.model, options.size, axes=3, other="convmae.features")
+    model = weights.load_taking(3, options.model, options.size, other="convmae.features")
     videos = Videos(root=options.data.absolute(), sampling=Dense(stride=options.stride))
     return features.carry_out(options, model, videos.as_test(clips=options.clips))
 
