@@ -134,8 +134,8 @@ def for_images(data: Path) -> Setting:
 def for_video() -> Setting:
     """A small VideoConvMAE on the demo clips, 8 frames of 32 pixels, whose classes are motions.
 
-    Masks are random, at 60 %. Under tubes nothing of a place is ever shown, so that a frame is filled in from itself, and
-    motion is not learnt in this time: after 2,000 steps k-NN was at chance (one try; see README.md).
+    Masks are random, at 60 %. Under tubes nothing of a place is ever shown, so that a frame is filled in from itself,
+    and motion was not learnt in a few thousand steps: k-NN stayed near chance (single tries; see README.md).
     """
     stages = (
         ConvStage(dim=32, depth=1, stride=(2, 2), kernel=(5, 5)),
