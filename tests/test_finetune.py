@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,3 +318,53 @@ def test_a_stop_in_the_middle_of_a_test_is_obeyed_and_the_test_made_up_for(tmp_p
     one, other = ([{**line, "seconds": 0} for line in lines(run.folder / "scores.jsonl")] for run in (whole, broken))
     assert one == other
     assert same(*(checkpoint.read(run.folder / "last.pt")["weights"] for run in (whole, broken)))
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def in_processes(world: int, folder: Path, root: Path, port: int, **changes: Any) -> None:
+    """Fit the run in so many processes."""
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from convmae.training import fit
+from test_finetune import a_run
+changes = eval(sys.argv[3])
+assert fit(a_run(Path(sys.argv[1]), Path(sys.argv[2]), device="cpu", **changes))
+"""
+    ours = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(root), repr(changes)],
+            env={**os.environ, **ours, "RANK": str(rank)},
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * world, "\n".join(said)
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
+def test_several_processes_learn_and_are_tested_as_one(
+    tmp_path: Path, pictures: Path, world: int, parallel: str
+) -> None:
+    """Without what each process draws by itself; the average of weights, and the tests, are shared, too."""
+    same_for_all: dict[str, Any] = {"drop_path": 0.0, "average": 0.5, "epochs": 2, "test_every": 1}
+    assert fit(a_run(tmp_path / "one", pictures, **same_for_all))
+    in_processes(world, tmp_path / "several", pictures, 29701 + world, parallel=parallel, **same_for_all)
+    one, several = (checkpoint.read(tmp_path / name / "last.pt") for name in ("one", "several"))
+    for kind in ("weights", "average"):
+        assert one[kind].keys() == several[kind].keys()
+        for name, tensor in one[kind].items():
+            torch.testing.assert_close(several[kind][name], tensor, rtol=1e-4, atol=1e-5)
+    told = [list(lines(tmp_path / name / "scores.jsonl")) for name in ("one", "several")]
+    assert len(told[0]) == len(told[1]) == 2
+    for first, other in zip(*told, strict=True):
+        for name in first.keys() - {"seconds"}:
+            assert other[name] == pytest.approx(first[name], rel=1e-3), name
