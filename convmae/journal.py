@@ -239,6 +239,8 @@ class Journal:
         if not due:
             return
         began = time.monotonic()
+        if last and start.world.first:
+            note(self.folder, "testing", number, "what the run has learnt, in the end")
         scores = examination.take(last=last)
         if start.world.first:
             self._write_scores(number, scores, time.monotonic() - began)

@@ -38,7 +38,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .pictures import series, smoothed
-from .run_folder import CHECKPOINTS, EVENTS, FAILURES, LAST, LOCK, METRICS, SKIPPED, SLURM
+from .run_folder import CHECKPOINTS, EVENTS, FAILURES, LAST, LOCK, METRICS, SCORES, SKIPPED, SLURM
 
 _PARTS = (METRICS, EVENTS, "run.txt", LOCK, LAST, CHECKPOINTS, FAILURES, SLURM)
 _SECONDS, _ASK_EVERY, _ANSWER_WITHIN = 2, 10, 5  # between two looks; between two calls of squeue, and each one's limit
@@ -145,12 +145,13 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics = Growing(folder / METRICS, kept=2**11)
+        self.scores = Growing(folder / SCORES, kept=2**7)
         self.events = Growing(folder / EVENTS, kept=2**16)
         self.skipped = Growing(folder / SKIPPED, kept=2**16)
 
     def look(self) -> None:
         """Read what is new."""
-        for file in (self.metrics, self.events, self.skipped):
+        for file in (self.metrics, self.scores, self.events, self.skipped):
             file.read()
         self.now = time.time()
         self.last = self.metrics.lines[-1] if self.metrics.lines else {}
@@ -192,6 +193,8 @@ class Watched:
             return State("failed", _ago(self.now - _time(self.failures[0])))
         if word == "stopping":
             return State("stopped", f"as asked, {_ago(self.now - self.news)}; the same command goes on")
+        if word == "testing" and not over and not self._process_is_gone():
+            return State("running", f"in its last test, for {_span(self.now - self.news)}")
         silence, late = self.now - self.news, self.now - self.news > self._patience()
         if over or (late and self._process_is_gone()):
             return State("stopped", f"{ended if over else 'its process is gone'}; the same command goes on")
@@ -201,7 +204,7 @@ class Watched:
 
     def _last_word(self) -> str:
         """The last event that tells how things stand; one from before the run last began counts only as the end."""
-        words = {"started", "resumed", "stopping", "requeued", "finished"}
+        words = {"started", "resumed", "testing", "stopping", "requeued", "finished"}
         last: dict[str, Any] = next((event for event in reversed(self.events.lines) if event.get("event") in words), {})
         word = str(last.get("event", ""))
         return word if word == "finished" or _time(last) >= self.begun else "started"
@@ -298,7 +301,7 @@ def _curve(run: Watched, width: int, height: int) -> list[RenderableType]:
     steps, loss = series(run.metrics.lines, "loss")
     if not len(steps):
         return []
-    title = [Text(), Text.assemble(("loss ", "dim"), (_digits(loss[-1]), "bold"))]
+    title = [Text(), Text.assemble(("loss ", "dim"), (_digits(loss[-1]), "bold"), *_scores(run))]
     if len(steps) < 2 or height < 2:
         return [*title]
     values = _spread(steps, loss, 2 * max(1, width - 9))
@@ -309,6 +312,16 @@ def _curve(run: Watched, width: int, height: int) -> list[RenderableType]:
     ]
     first, last = f"{steps[0]:,.0f}", f"{steps[-1]:,.0f}"
     return [*title, *lines, Text(" " * 9 + first + last.rjust(width - 9 - len(first)), "dim")]
+
+
+def _scores(run: Watched) -> Iterator[tuple[str, str]]:
+    """The latest score of each kind, beside the loss."""
+    line = run.scores.lines[-1] if run.scores.lines else {}
+    for name in line:
+        value = _number(line, name)
+        if value is not None and name.endswith("top1"):
+            yield f"   {name} ", "dim"
+            yield f"{value:.1%}", "bold"
 
 
 def _spread(steps: NDArray[np.float64], values: NDArray[np.float64], columns: int) -> NDArray[np.float64]:

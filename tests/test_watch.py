@@ -374,3 +374,13 @@ def test_in_a_terminal_the_view_stays_until_q(tmp_path: Path) -> None:
     os.close(ours)
     assert "running" in shown
     assert "30%" in shown
+
+
+def test_scores_stand_beside_the_loss_and_a_long_last_test_is_not_a_silence(tmp_path: Path, show: Show) -> None:
+    folder = going(tmp_path / "run", ago=5000)
+    write(folder / "scores.jsonl", [{"step": 10, "epoch": 1, "top1": 0.5}, {"step": 20, "epoch": 2, "top1": 0.625}])
+    assert "top1 62.5%" in show(folder)
+    assert state(folder).word == "hung?"
+    write(folder / "events.jsonl", [event("started", ago=9000), event("testing", ago=4000)])
+    assert state(folder).word == "running"
+    assert "in its last test, for" in state(folder).why
