@@ -144,7 +144,7 @@ def scores(told: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
-_NO_PARTS = ("step", "epoch", "seconds", "loss", "unusable")
+_NO_PARTS = ("step", "epoch", "seconds", "loss", "rate", "unusable")
 _LINES = (_BLUE, _ORANGE, "#3aa87a", "#b660cd", "#c9524f", "#8a7f5c")
 
 

@@ -1,7 +1,7 @@
 """Probes: how good the features of a frozen trunk are, without finetuning it.
 
     python -m convmae.probe runs/image_demo                         # on the demo set
-    python -m convmae.probe runs/a /data/imagenet --kinds knn linear attentive
+    python -m convmae.probe runs/a --data /data/imagenet --kinds knn linear attentive
 
 `python -m video.probe` does the same for videos. A trunk sees every sample whole and once, as a test does, and the
 probes work on what it gave. So they are quick, and a first word on whether a run is any good; the papers' linear probe

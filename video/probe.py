@@ -1,7 +1,7 @@
 """Probes of a video model's frozen features: `convmae.probe`, on clips.
 
 python -m video.probe runs/demo                                  # on the demo set
-python -m video.probe runs/kinetics_pretrain /data/kinetics400 --kinds knn attentive
+python -m video.probe runs/kinetics_pretrain --data /data/kinetics400 --kinds knn attentive
 """
 
 from __future__ import annotations
