@@ -104,13 +104,14 @@ class Checkpoints:
         return self.folder / CHECKPOINTS / f"step-{step:08d}.pt"
 
 
-def kept_in(folder: Path, what: Literal["run", "builder"]) -> Any:
-    """The plain form of what the checkpoint `last.pt` keeps, without reading its weights; None where there is none.
+def kept_in(place: Path, what: Literal["run", "builder"]) -> Any:
+    """The plain form of what a checkpoint, or a folder's `last.pt`, keeps, without reading its weights; or None.
 
     A damaged file is none, too: whether an earlier checkpoint serves is found when the run goes on.
     """
     try:
-        return torch.load(folder / LAST, map_location="cpu", weights_only=True, mmap=True)[what]
+        path = place / LAST if place.is_dir() else place
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[what]
     except Exception:  # torch raises half a dozen kinds for a damaged file
         return None
 
