@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any, Literal
 
 from convmae.augmentation import Flip
 from convmae.data import UNLABELLED
+from convmae.folder import SPLITS, part
 from convmae.images import IMAGE_SUFFIXES
-from convmae.listing import Listing, listing
+from convmae.listing import Listing
 from video.clips import Sampling, Segments
 from video.lists import VIDEO_SUFFIXES, complaint
 from video.videos import Videos
@@ -41,33 +41,23 @@ class Kinetics(Videos):
     def listing(self) -> Listing:
         """The videos and their classes; raises ValueError where there are none, or the csv cannot be read."""
         base = _folder(self)
-        inside = self.split if (base / self.split).is_dir() else ""
-        others = [] if inside or self.annotations else [name for name in _SPLITS if (base / name).is_dir()]
+        inside = self.split if (base / self.split).is_dir() else None
+        others = [] if inside or self.annotations else [name for name in SPLITS if (base / name).is_dir()]
         if others:
             raise ValueError(f"{base} holds no split={self.split!r}, but {', '.join(others)}")
-        found = listing(base / inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
-        files = [os.path.join(inside, name) for name in found.files]
+        found = part(base, inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
         if self.annotations is None:
-            splits = [base / name for name in {*_SPLITS, self.split} if (base / name).is_dir()] if inside else []
-            folders = [entry for split in splits for entry in split.iterdir() if entry.is_dir()]
-            return _numbered(files, found, {folder.name for folder in folders})
+            return found
         rows, classes = _kinetics_rows(self.annotations, self.split)
         place = {name: number for number, name in enumerate(classes)}
-        there = {Path(name).stem: name for name in files}
+        there = {Path(name).stem: name for name in found.files}
         pairs = [(there.get(cut) or there.get(whole), place[label]) for label, cut, whole in rows]
         named = [(name, label) for name, label in pairs if name is not None]
         if not named:
-            raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {base / inside}")
+            raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {base / (inside or '')}")
         if len(named) < len(rows):
             log.warning("%d of %d videos of %s are not there", len(rows) - len(named), len(rows), self.annotations)
         return Listing.of([name for name, _ in named], [label for _, label in named], classes)
-
-
-def _numbered(files: list[str], found: Listing, classes: set[str]) -> Listing:
-    """The files with classes numbered over all splits, so that they have the same numbers in each."""
-    wide = sorted({*found.classes, *(name for name in classes if not name.startswith("."))})
-    labels = [label if label == UNLABELLED else wide.index(found.classes[label]) for label in found.labels.tolist()]
-    return Listing.of(files, labels, wide)
 
 
 def _as_found(folder: Path, names: Sequence[str]) -> list[str]:
@@ -77,9 +67,6 @@ def _as_found(folder: Path, names: Sequence[str]) -> list[str]:
     if first.exists() or not endings:
         return list(names)
     return [str(Path(name).with_suffix(endings[0])) for name in names]
-
-
-_SPLITS = ("train", "val", "validate", "validation", "test")
 
 
 def _kinetics_rows(path: Path, split: str) -> tuple[list[tuple[str, str, str]], list[str]]:
