@@ -71,11 +71,6 @@ class Evaluate(Task):
         if self.checkpoint is None:
             raise ValueError("there is no classifier to test: give --checkpoint, a finetuning run's folder or a file")
 
-    def ready(self) -> None:
-        """Make the demo set, if it is the data and these are known."""
-        if self.data is not None and getattr(self.data, "root", "") is None and self.root is None:
-            self.data.open((32, 32))
-
     def source(self) -> Source:
         """What is tested on, with all its views.
 
