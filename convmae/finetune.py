@@ -86,7 +86,7 @@ class Finetune(Run):
         kept = self._kept_builder()
         pretrained = None
         if kept is None and self.checkpoint is not None:
-            pretrained = weights.load(self.checkpoint)
+            pretrained = self._pretrained(self.checkpoint)
         if kept is None:
             backbone = self.model if pretrained is None else self._backbone(pretrained.builder)
             kept = self._classifier(backbone.drop_path(self.drop_path), class_names(samples))
@@ -101,6 +101,12 @@ class Finetune(Run):
             average=self.average,
         )
 
+    def _pretrained(self, checkpoint: Path) -> Any:
+        try:
+            return weights.load(checkpoint)
+        except FileNotFoundError as missing:
+            raise ValueError(f"--checkpoint {checkpoint}: {missing}") from missing
+
     def _kept_builder(self) -> Classifier | None:
         """The builder of the run's own checkpoint: the one that it began with need not be there any more."""
         kept = kept_in(self.folder, "builder")
@@ -109,8 +115,9 @@ class Finetune(Run):
 
     def _backbone(self, builder: Any) -> MAE:
         """The builder of a checkpoint's trunk, for this run's input size."""
-        backbone = builder.backbone if isinstance(builder, Classifier) else builder
-        assert isinstance(backbone, MAE)
+        backbone = getattr(builder, "backbone", builder)
+        if not isinstance(backbone, MAE):
+            raise ValueError(f"--checkpoint {self.checkpoint} was made by {type(builder).__name__}, which has no trunk")
         if len(backbone.size) != len(self.model.size):
             raise ValueError(
                 f"--checkpoint {self.checkpoint} has a model of {backbone.size} pixels, this run one of "

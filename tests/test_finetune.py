@@ -34,6 +34,7 @@ from convmae.nn.classifier import Classifier as ClassifierModule
 from convmae.run import Pretrain
 from convmae.targets import normalize
 from convmae.training import fit, steps
+from video import VideoConvMAE
 
 SIZE = (32, 32)
 
@@ -206,6 +207,15 @@ def test_data_without_classes_or_with_more_than_the_run_has_are_refused(tmp_path
         fit(a_run(tmp_path / "run", pictures, data=unlabelled, test=None))
     with pytest.raises(ValueError, match=r"--classes 2: the data have 3"):
         fit(a_run(tmp_path / "run", pictures, classes=2))
+
+
+def test_a_checkpoint_that_is_not_there_or_for_other_axes_is_refused(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"--checkpoint .*nowhere: no checkpoint at"):
+        fit(a_run(tmp_path / "run", pictures, checkpoint=tmp_path / "nowhere"))
+    clips = VideoConvMAE.inflate(tiny(), frames=2)
+    checkpoint.save(tmp_path / "clips.pt", clips.build())
+    with pytest.raises(ValueError, match=r"\(2, 32, 32\) pixels, this run one of \(32, 32\).*inflate"):
+        fit(a_run(tmp_path / "run", pictures, checkpoint=tmp_path / "clips.pt"))
 
 
 def test_a_run_that_cannot_be_is_refused_with_all_that_is_wrong(tmp_path: Path, pictures: Path) -> None:
