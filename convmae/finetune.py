@@ -115,7 +115,7 @@ class Finetune(Run):
 
     def _backbone(self, builder: Any) -> MAE:
         """The builder of a checkpoint's trunk, for this run's input size."""
-        backbone = getattr(builder, "backbone", builder)
+        backbone = builder if isinstance(builder, MAE) else getattr(builder, "backbone", None)
         if not isinstance(backbone, MAE):
             raise ValueError(f"--checkpoint {self.checkpoint} was made by {type(builder).__name__}, which has no trunk")
         if len(backbone.size) != len(self.model.size):
