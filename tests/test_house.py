@@ -38,7 +38,7 @@ FLOORS: list[set[str]] = [
     {"convmae.confusion", "convmae.folder"},
     {"convmae.evaluation"},
     {"convmae.images"},
-    {"convmae.augmentation", "convmae.features", "convmae.probe", "convmae.shards"},
+    {"convmae.augmentation", "convmae.export", "convmae.features", "convmae.probe", "convmae.shards"},
     {"convmae.learners"},
     {"convmae.run"},
     {"convmae.finetune", "convmae.progress"},

@@ -91,7 +91,8 @@ class AttentionStage(nn.Module):
         x = x + shown.take(self.positions.unsqueeze(0))
         tokens = x.flatten(1, -2)
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+            # not len(tokens), which an exported batch size would be fixed by
+            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         if self.class_token is None:
