@@ -8,11 +8,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..grids import cut
 from .tile_convolution import tile_convolution
+
+# einops finds its backend when it is first used: within torch.compile that would make the second step compile anew
+rearrange(torch.empty(0), "n -> n")
 
 CONVOLUTION_EPS = 1e-5  # LayerNorm of embeddings and convolution blocks in the authors' code
 ATTENTION_EPS = 1e-6  # and everywhere else
@@ -126,9 +130,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (B, N, D) -> (B, N, D)`."""
-        # not einops: it takes a symbolic batch size for the number at hand, which an export would then be fixed to
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # b n (three h d), three first
-        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> b three h n d", three=3, h=self.heads).unbind(1)
+        x = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return x
 
 
