@@ -1,4 +1,4 @@
-"""The authors' ConvMAE checkpoints, by their parameter names: pretraining models and ConvViT classifiers."""
+"""The authors' ConvMAE checkpoints, first and second release, by their names: pretraining models and classifiers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def load(
     A file with a classification head gives a classifier, any other a masked autoencoder. Without the multi-scale
     convolutions in the file (the first release left them out) the model is built without fusion.
 
+    The second release (ConvMAE v2) carries a class token, `cls_token`, and the model gets one. Whether its position
+    tables have a row for that token is not published, so both forms are read, told apart by the number of rows; the
+    row is the first one, as in MAE's tables. Our class token has no position: the encoder's row is added to the token,
+    which is the same function, and the decoder's must be zero, as MAE's fixed tables have it.
+
     Args:
         source: a file, or a state dict; `model`, `state_dict` or `module` inside it are found, and the prefixes
             `module.` and `_orig_mod.` dropped.
@@ -46,7 +51,8 @@ def load(
         pooling: of a classifier, "mean" (`fc_norm` in the file) or "token" (`norm`); needed only where both are there.
 
     Raises:
-        ValueError: the names are not ConvMAE's, a tensor is missing or does not fit, or the heads cannot be told.
+        ValueError: the names are not ConvMAE's, a tensor is missing or does not fit, the heads cannot be told, or the
+            class token has a position in the decoder that is not zero.
         FileNotFoundError: there is no such file.
     """
     state = _strip(_read(source))
@@ -54,13 +60,13 @@ def load(
         raise ValueError(
             "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with " + ", ".join(list(state)[:5])
         )
-    if "cls_token" in state:
-        raise ValueError("this checkpoint has a class token (ConvMAE v2), which this loader does not read yet")
     try:
         backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
     except KeyError as missing:
         raise ValueError(f"a poor match: the file lacks {missing.args[0]}") from missing
     grid = backbone.grid
+    if backbone.class_token:
+        state = _without_class_rows(state, math.prod(grid))
     if size is not None:
         backbone = backbone.input(size)
     builder: ConvMAE | Classifier = backbone
@@ -121,10 +127,8 @@ def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int
         if own_heads is None:
             raise ValueError(f"no shape tells the heads of a stage {dim} wide: give heads=...")
         trunk.append(AttentionStage(dim=dim, depth=depth, stride=stride, heads=own_heads, mlp_ratio=mlp_ratio))
-    builder = ConvMAE().stages(*trunk)
-    side = math.isqrt(state["pos_embed"].shape[1])
-    if side * side != state["pos_embed"].shape[1]:
-        raise ValueError(f"pos_embed has {state['pos_embed'].shape[1]} positions, not a square grid")
+    builder = ConvMAE().stages(*trunk).with_class_token("cls_token" in state)
+    side = _side(state["pos_embed"].shape[1], class_token=builder.class_token)
     builder = builder.input(tuple(side * stride for stride in builder.stride)).fuse(
         "stage1_output_decode.weight" in state
     )
@@ -137,6 +141,38 @@ def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int
             mlp_ratio=len(state["decoder_blocks.0.mlp.fc1.weight"]) / dim,
         )
     return builder
+
+
+def _side(rows: int, *, class_token: bool) -> int:
+    """The side of the square grid of a position table of so many rows, one of which may be the class token's."""
+    for length in (rows, rows - 1) if class_token else (rows,):
+        side = math.isqrt(length)
+        if side * side == length:
+            return side
+    with_row = ", with or without a row for the class token" if class_token else ""
+    raise ValueError(f"pos_embed has {rows} positions, not a square grid{with_row}")
+
+
+def _without_class_rows(state: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Position tables of `length` rows alone: the encoder's row of the class token is added to that token."""
+    state = dict(state)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = state.get(name)
+        if table is None or table.shape[1] != length + 1:
+            continue
+        row, state[name] = table[:, :1], table[:, 1:]
+        if name == "pos_embed":
+            if state["cls_token"].shape != row.shape:
+                raise ValueError(
+                    f"cls_token is {tuple(state['cls_token'].shape)}, its row of {name} {tuple(row.shape)}"
+                )
+            state["cls_token"] = state["cls_token"].float() + row.float()  # a sum of halves is not rounded to a half
+        elif row.any():
+            raise ValueError(
+                f"{name} gives the class token a position that is not zero, which our decoder has no place for: leave "
+                "the decoder_... tensors out to load the encoder"
+            )
+    return state
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
@@ -157,6 +193,7 @@ def _names(stages: int) -> list[tuple[str, str | Callable[[re.Match[str]], str]]
         (r"^patch_embed(\d+)\.(?=proj)", stage),
         (r"^patch_embed(\d+)\.(?=norm)", stage),
         (r"^pos_embed$", f"trunk.stages.{stages - 1}.positions"),
+        (r"^cls_token$", f"trunk.stages.{stages - 1}.class_token"),
         (r"^blocks(\d+)\.", lambda match: f"{stage(match)}blocks."),
         (r"^stage(\d+)_output_decode\.", lambda match: f"fusion.{int(match[1]) - 1}."),
         (r"^fc_norm\.", "norm."),

@@ -15,6 +15,7 @@ from torch import Tensor
 from convmae import AttentionStage, ConvMAE, ConvStage, official, targets
 from convmae.nn.classifier import Classifier
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
+from convmae.nn.trunk import AttentionStage as StageModule
 
 pytestmark = needs_shared
 
@@ -90,6 +91,7 @@ def official_names(model: MaskedAutoencoder) -> State:
         ("fusion.1.", "stage2_output_decode."),
         ("decoder.mask_token", "mask_token"),
         ("decoder.embedding.", "decoder_embed."),
+        ("trunk.stages.2.class_token", "cls_token"),
         ("decoder.positions", "decoder_pos_embed"),
         ("decoder.blocks.", "decoder_blocks."),
         ("decoder.norm.", "decoder_norm."),
@@ -274,8 +276,6 @@ def test_other_models_are_refused_with_how_they_begin(state: State) -> None:
         official.load({"cls": torch.zeros(1), "fc": torch.zeros(1)})
     with pytest.raises(ValueError, match="not a ConvMAE checkpoint"):
         official.load({})
-    with pytest.raises(ValueError, match=r"class token \(ConvMAE v2\)"):
-        load({**state, "cls_token": torch.zeros(1, 1, 48)})
 
 
 def test_a_width_that_tells_no_heads_asks_for_them(state: State, classifier_state: State) -> None:
@@ -316,6 +316,108 @@ def test_a_file_with_a_head_gives_a_classifier_with_the_pooling_of_its_norm(clas
 def test_a_classifiers_positions_are_trained(classifier_state: State) -> None:
     model = official.load(classifier_state, heads=4)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- the second release, with a class token ---------------------------------------------------------------------------
+
+
+def with_token(state: State, *, row: Tensor | None, decoder_row: Tensor | None = None) -> State:
+    """The state with a class token, and position tables with a row for it, in front, where one is given."""
+    found = {**state, "cls_token": torch.linspace(-1, 1, 48).view(1, 1, 48)}
+    for name, first in (("pos_embed", row), ("decoder_pos_embed", decoder_row)):
+        if first is not None:
+            found[name] = torch.cat([first, state[name]], dim=1)
+    return found
+
+
+def test_a_class_token_is_inferred_and_loaded_with_or_without_rows_for_it(
+    state: State, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zeros, decoder_zeros = torch.zeros(1, 1, 48), torch.zeros(1, 1, 32)
+    without = load(with_token(state, row=None))
+    assert without.builder == load(state).builder.with_class_token()
+    assert without.builder.grid == (14, 14)
+    assert without.trunk.stages[-1].get_parameter("class_token").equal(torch.linspace(-1, 1, 48).view(1, 1, 48))
+    for row, decoder_row in ((zeros, None), (None, decoder_zeros), (zeros, decoder_zeros)):
+        capsys.readouterr()
+        model = load(with_token(state, row=row, decoder_row=decoder_row))
+        assert model.builder == without.builder
+        assert weights(model).equal(weights(without))
+        said = capsys.readouterr().out
+        assert f"used {len(state) + 1} tensors of {len(state) + 1} in the file" in said
+        assert "missing, left as initialised: none\nunexpected, not used: none\n" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_class_tokens_row_gives_what_adding_positions_to_all_tokens_gives(state: State, dtype: torch.dtype) -> None:
+    """The last stage as MAE has it, written out: the token first, all rows added, then the blocks."""
+    row = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(0))
+    theirs = {name: tensor.to(dtype) for name, tensor in with_token(state, row=row).items()}
+    model = load(theirs)
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    stage = model.trunk.stages[-1]
+    assert isinstance(stage, StageModule)
+    with torch.no_grad():
+        finer = model.trunk(x).maps[-2]
+        embedded = stage.linear(stage.activation(stage.norm(stage.embedding(finer)))).flatten(1, -2)
+        tokens = torch.cat([theirs["cls_token"].float().expand(2, -1, -1), embedded], dim=1)
+        tokens = tokens + theirs["pos_embed"].float()
+        for block in stage.blocks:
+            tokens = block(tokens)
+        features = model.trunk(x)
+    assert features.class_token is not None
+    torch.testing.assert_close(features.class_token, tokens[:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features.tokens, tokens[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_a_class_token_goes_out_and_comes_back() -> None:
+    builder = (
+        ConvMAE()
+        .input((32, 32))
+        .stages(
+            ConvStage(dim=4, depth=1, stride=(4, 4), kernel=(5, 5)),
+            ConvStage(dim=6, depth=1, stride=(2, 2), kernel=(5, 5)),
+            AttentionStage(dim=8, depth=2, stride=(2, 2), heads=2),
+        )
+        .decode(dim=12, depth=1, heads=4)
+        .with_class_token()
+    )
+    model = builder.build()
+    again = official.load(official_names(model), heads=2, decoder_heads=4)
+    assert again.builder == builder
+    assert weights(again).equal(weights(model))
+    larger = official.load(official_names(model), heads=2, decoder_heads=4, size=64)
+    assert larger.builder == builder.input(64)
+    assert larger(torch.zeros(1, 3, 64, 64))["loss"].isfinite()
+
+
+def test_a_classifier_with_a_class_token_pools_it_or_the_mean_of_the_others(classifier_state: State) -> None:
+    theirs = with_token(classifier_state, row=torch.ones(1, 1, 48))
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for norm, pooling in (("fc_norm.", "mean"), ("norm.", "token")):
+        model = official.load({name.replace("fc_norm.", norm): tensor for name, tensor in theirs.items()}, heads=4)
+        assert isinstance(model, Classifier)
+        assert model.pooling == pooling
+        features = model.trunk(x)
+        assert features.class_token is not None
+        pooled = features.tokens.mean(1) if pooling == "mean" else features.class_token[:, 0]
+        assert model(x).equal(model.head(model.norm(pooled)))
+
+
+def test_rows_that_are_not_a_class_tokens_are_refused(state: State) -> None:
+    row, decoder_row = torch.zeros(1, 1, 48), torch.ones(1, 1, 32)
+    extra = with_token(state, row=row)
+    with pytest.raises(ValueError, match=r"pos_embed has 197 positions, not a square grid$"):
+        load({name: tensor for name, tensor in extra.items() if name != "cls_token"})
+    two = {**extra, "pos_embed": torch.cat([row, extra["pos_embed"]], dim=1)}
+    with pytest.raises(ValueError, match="pos_embed has 198 positions, not a square grid, with or without a row"):
+        load(two)
+    with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 1\), its row of pos_embed \(1, 1, 48\)"):
+        load({**extra, "cls_token": torch.zeros(1, 1, 1)})
+    with pytest.raises(ValueError, match=r"decoder_pos_embed gives the class token a position.*leave the decoder_"):
+        load(with_token(state, row=row, decoder_row=decoder_row))
+    encoder = {n: t for n, t in extra.items() if not n.startswith("decoder_") and n != "mask_token"}
+    assert official.load(encoder, heads=4).trunk.stages[-1].get_parameter("class_token").shape == (1, 1, 48)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
