@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"convmae.nn.initialisation", "convmae.nn"},
     {"convmae.builders"},
     {"convmae.checkpoint"},
-    {"convmae.official"},
+    {"convmae.foreign", "convmae.official"},
     {"convmae"},
     {
         "convmae.data",
@@ -38,7 +38,7 @@ FLOORS: list[set[str]] = [
     {"convmae.confusion", "convmae.folder"},
     {"convmae.evaluation"},
     {"convmae.images"},
-    {"convmae.augmentation", "convmae.export", "convmae.features", "convmae.probe", "convmae.shards"},
+    {"convmae.augmentation", "convmae.export", "convmae.features", "convmae.hub", "convmae.probe", "convmae.shards"},
     {"convmae.learners"},
     {"convmae.run"},
     {"convmae.finetune", "convmae.progress"},
