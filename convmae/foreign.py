@@ -96,8 +96,8 @@ def load(
     A head gives a classifier, a decoder a masked autoencoder; where there is neither, a masked autoencoder with a fresh
     decoder. VideoMAE's positions, which its files leave out, are computed: a sinusoid over the flattened index.
 
-    Norms have an eps of 1e-6 here, as MAE's and VideoMAE's own. transformers' configurations have 1e-12 in blocks, and 1e-5
-    here and there; outputs then differ by 1e-6 to 1e-5 of their size.
+    Norms have an eps of 1e-6 here, as MAE's and VideoMAE's own. transformers' configurations have 1e-12 in blocks, and
+    1e-5 here and there; outputs then differ by 1e-6 to 1e-5 of their size.
 
     Args:
         state: by the names of MAE's, VideoMAE's, transformers' or timm's.

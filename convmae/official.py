@@ -55,7 +55,7 @@ def load(
             class token has a position in the decoder that is not zero.
         FileNotFoundError: there is no such file.
     """
-    state = _strip(_read(source))
+    state = state_of(_read(source))
     if "patch_embed1.proj.weight" not in state:
         raise ValueError(
             "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with " + ", ".join(list(state)[:5])
@@ -95,7 +95,8 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Any]:
     return content
 
 
-def _strip(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file by name: `model`, `state_dict` or `module` inside it, without wrappers' prefixes."""
     for key in ("model", "state_dict", "module"):
         if isinstance(content.get(key), Mapping):
             content = content[key]

@@ -2,38 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, official
-from .run_folder import LAST
+from torch import Tensor
+
+from . import checkpoint, foreign, official
+from .nn.classifier import Pooling
+from .run_folder import LAST, kept_in
+
+_log = logging.getLogger(__name__)
+
+SAFETENSORS = "model.safetensors"
+"""What `hub.save_pretrained` calls its file of weights."""
+
+READABLE = (
+    "a run's folder or checkpoint, what convmae.hub wrote, the authors' ConvMAE checkpoints, "
+    "and plain ViTs by the names of MAE, VideoMAE, transformers or timm"
+)
 
 
-def load(source: str | Path, *, size: int | Sequence[int] | None = None, average: bool = False) -> Any:
-    """The model that a run's folder or a file holds, on the CPU in evaluation mode, with its builder.
+def load(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    size: int | Sequence[int] | None = None,
+    average: bool = False,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    pooling: Pooling | None = None,
+) -> Any:
+    """The model that a run's folder, a file or a state dict holds, on the CPU in evaluation mode, with its builder.
+
+    Recognised by what they hold are `READABLE`; a logged line says what it was taken for.
 
     Args:
-        source: a run's folder, our checkpoint, or the authors' ConvMAE checkpoint.
+        source: a run's folder, a folder that `hub.save_pretrained` wrote, a file of torch's or safetensors, or a state
+            dict of the authors' ConvMAE or of a plain ViT.
         size: build for this input size instead; positions are resized.
         average: take the averaged weights that a finetuning run has kept.
+        heads, decoder_heads, pooling: of other people's weights, where they do not tell: see `official.load` and
+            `foreign.load`.
 
     Raises:
-        ValueError: the file is none of these, is damaged, or has no averaged weights.
+        ValueError: it is none of these, is damaged, does not match, or has no averaged weights.
         FileNotFoundError: there is no such file, or the folder has no checkpoint.
     """
+    if isinstance(source, Mapping):
+        return _others(source, "the state dict", size, heads, decoder_heads, pooling)
     path = Path(source)
     if path.is_dir():
-        path = path / LAST
+        path = next((path / name for name in (LAST, SAFETENSORS) if (path / name).exists()), path / LAST)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        about, state = _safetensors(path)
+        if "convmae.builder" in about:
+            from .hub import from_pretrained
+
+            return from_pretrained(path, size=size)
+        return _others(state, str(path), size, heads, decoder_heads, pooling)
+    if kept_in(path, "builder") is not None:
+        return checkpoint.load(path, size=size, average=average)
+    content = checkpoint.read_file(path)
+    if isinstance(content, Mapping) and "builder" in content:  # of another version: it says so
+        return checkpoint.load(path, size=size, average=average)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no weights. What can be read: {READABLE}")
+    return _others(content, str(path), size, heads, decoder_heads, pooling)
+
+
+def _others(
+    content: Mapping[str, Any],
+    name: str,
+    size: int | Sequence[int] | None,
+    heads: int | None,
+    decoder_heads: int | None,
+    pooling: Pooling | None,
+) -> Any:
+    """The model of somebody else's state dict."""
+    state = official.state_of(content)
     try:
-        checkpoint.read(path)
+        if "patch_embed1.proj.weight" in state:
+            model: Any = official.load(
+                state, heads=heads, decoder_heads=decoder_heads or 16, pooling=pooling, size=size
+            )
+            kind = "the authors' ConvMAE"
+        elif foreign.recognised(state):
+            model = foreign.load(state, size=size, heads=heads, decoder_heads=decoder_heads, pooling=pooling)
+            kind = "a plain ViT"
+        else:
+            first = ", ".join(list(state)[:5]) or "none"
+            raise ValueError(f"nothing known. Its tensors begin with {first}. What can be read: {READABLE}")
     except ValueError as problem:
-        if "not a checkpoint of this framework" not in str(problem):
-            raise
-        return official.load(path, size=size)
-    return checkpoint.load(path, size=size, average=average)
+        raise ValueError(f"{name}: {problem}") from problem
+    _log.info("%s: taken for %s, %d tensors, as %r", name, kind, len(state), model.builder)
+    return model
+
+
+def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as missing:
+        raise ValueError(f"{path}: pip install safetensors to read it") from missing
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as problem:
+        raise ValueError(f"{path} cannot be read as safetensors: {problem}") from problem
 
 
 def load_taking(axes: int, source: Path, side: int | None = None, *, other: str) -> Any:

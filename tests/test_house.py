@@ -52,8 +52,9 @@ FLOORS: list[set[str]] = [
     {"convmae.micro_batch"},
 ]
 
-LATE = {("convmae.training", "convmae.journal")}
-"""Arrows that point up, inside a function: the loop takes up its journal when a run with one begins."""
+LATE = {("convmae.training", "convmae.journal"), ("convmae.weights", "convmae.hub")}
+"""Arrows that point up, inside a function: the loop takes up its journal when a run with one begins; and how the hub's
+form is read is known there."""
 
 HEAVY = ("decord", "submitit", "matplotlib", "torchvision", "transformers", "tensorboard", "av", "pytorchvideo")
 
