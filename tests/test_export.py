@@ -60,6 +60,7 @@ def test_an_exported_program_gives_eager_s_logits_at_any_batch_size(name: str, t
         torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 @torch.no_grad()
 def test_onnx_gives_eager_s_logits_at_any_batch_size(name: str, tmp_path: Path) -> None:

@@ -251,6 +251,7 @@ class Stopped(Finetune):
         return super().rate(step, total)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits_and_the_same_scores(tmp_path: Path, pictures: Path) -> None:
     changes: dict[str, Any] = {"average": 0.9, "mixing": Mixing(), "erasing": Erasing(), "dropout": 0.2}
     whole = a_run(tmp_path / "whole", pictures, **changes)
@@ -316,6 +317,7 @@ class StoppedInTests(Finetune):
         return super().examination(learner, world, interrupting)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_test_is_obeyed_and_the_test_made_up_for(tmp_path: Path, pictures: Path) -> None:
     whole = a_run(tmp_path / "whole", pictures, checkpoint_minutes=60)
     assert fit(whole)
@@ -360,6 +362,7 @@ assert fit(a_run(Path(sys.argv[1]), Path(sys.argv[2]), device="cpu", **changes))
     assert [process.returncode for process in started] == [0] * world, "\n".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
 def test_several_processes_learn_and_are_tested_as_one(
     tmp_path: Path, pictures: Path, world: int, parallel: str

@@ -230,6 +230,7 @@ def all_figures(world: World) -> dict[str, Any]:
     return {"figures": probing.take(), "sum": found.features.double().sum().item(), "count": len(found.labels)}
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_finds_the_same(tmp_path: Path) -> None:
     code = """
 import json, sys, torch
