@@ -296,20 +296,21 @@ def test_any_layout_has_the_same_global_batches_and_losses(desk: Path) -> None:
 
 
 def test_pretraining_finetuning_and_its_test_are_three_commands_each_after_the_one_before(desk: Path) -> None:
-    """On the demo set, as the README has them, but for less than an epoch."""
-    short = ("--nodes", "4", *SMALL, "--epochs", "0.3", "--warmup-epochs", "0.1")
-    launch(desk, *short)
-    tuned = ("--checkpoint", "runs/demo", "--after", "runs/demo")
-    launch(desk, *short, *tuned, launcher="slurm_finetune.py")
-    tested = ("--checkpoint", "runs/demo_finetune", "--after", "runs/demo_finetune")
-    third = launch(desk, "--nodes", "4", *SMALL, *tested, launcher="slurm_evaluate.py")
-    folders = [desk / "runs" / name for name in ("demo", "demo_finetune", "evaluate")]
-    assert until_over(third, folders[2], seconds=900) == "COMPLETED"
-    told = [list(lines(folder / "events.jsonl")) for folder in folders[:2]]
+    """On the demo set, as the README has them, but for less than an epoch, and in folders of their own."""
+    taught, tuned, tested = (desk / "runs" / name for name in ("taught", "tuned", "tested"))
+    four = ("--nodes", "4", *SMALL)
+    short = (*four, "--epochs", "0.3", "--warmup-epochs", "0.1")
+    launch(desk, *short, "--folder", "runs/taught")
+    start = ("--checkpoint", "runs/taught", "--after", "runs/taught")
+    launch(desk, *short, *start, "--folder", "runs/tuned", launcher="slurm_finetune.py")
+    what = ("--checkpoint", "runs/tuned", "--after", "runs/tuned")
+    job = launch(desk, *four, *what, "--folder", "runs/tested", launcher="slurm_evaluate.py")
+    assert until_over(job, tested, seconds=900) == "COMPLETED"
+    told = [list(lines(folder / "events.jsonl")) for folder in (taught, tuned)]
     assert [events[-1]["event"] for events in told] == ["finished", "finished"]
     assert told[1][0]["time"] > told[0][-1]["time"]
-    assert (folders[2] / "scores.json").stat().st_mtime > told[1][-1]["time"]
-    one, other = (json.loads((folder / "scores.json").read_text()) for folder in (folders[1] / "test", folders[2]))
+    assert (tested / "scores.json").stat().st_mtime > told[1][-1]["time"]
+    one, other = (json.loads((folder / "scores.json").read_text()) for folder in (tuned / "test", tested))
     assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-5)
     assert one == other
     assert (one["samples"], one["views"], one["unusable"], one["classes"]) == (80, 2, 0, 8)
