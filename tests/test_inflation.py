@@ -370,6 +370,23 @@ def test_the_command_writes_a_checkpoint_that_finetuning_starts_from(
     close(positions, repeat(parameter(image_model, "trunk.stages.2.positions"), "h w d -> t h w d", t=4))
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_the_command_takes_a_classifier_and_the_average_that_its_run_kept(average: bool, tmp_path: Path) -> None:
+    image_model = trained(CONV.classifier(3)).float()
+    averaged = {name: 2 * tensor for name, tensor in image_model.state_dict().items()}
+    checkpoint.save(tmp_path / "images.pt", image_model, average=averaged)
+    out = tmp_path / "clips.pt"
+    flags = ["--frames", "4", "--temporal-positions", *["--average"] * average]
+    assert main([str(tmp_path / "images.pt"), str(out), *flags]) == 0
+    if average:
+        image_model.load_state_dict(averaged)
+    expected = inflate(image_model, frames=4, temporal_positions=True)
+    model = checkpoint.load(out)
+    assert model.builder == expected.builder
+    x = torch.randn(2, 3, 4, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert model(x).equal(expected(x))
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "clips.pt")
     assert main([str(tmp_path / "nowhere.pt"), out]) == 2
