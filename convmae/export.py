@@ -3,12 +3,13 @@
     python -m convmae.export runs/finetuned classifier.onnx
     python -m convmae.export runs/finetuned classifier.pt2 --raw-pixels
 
-Both take `pixels (B, 3, *size)` and give `logits (B, classes)`, for any batch size. The pixels are floats, normalised
-as ImageNet's; or, with raw pixels, uint8 RGB, and the normalisation is in the file.
+Both take `pixels (B, 3, *size)` and give `logits (B, classes)`, for any batch size or a fixed one. The pixels are
+floats, normalised as ImageNet's; or, with raw pixels, uint8 RGB, and the normalisation is in the file.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import sys
@@ -28,48 +29,64 @@ from .files import write_whole
 from .nn.classifier import Classifier
 
 PACKAGES = ("onnx", "onnxscript")
+LIMIT = 2**31 - 2**20
+"""Bytes of weights that an ONNX file can hold, less than 2 GiB with all the rest: larger ones lie beside it."""
 
 
-def to_exported_program(model: nn.Module, *, raw_pixels: bool = False) -> ExportedProgram:
-    """A classifier as torch's exported program, in evaluation mode: its graph, and its weights where the model is.
+def to_exported_program(model: nn.Module, *, raw_pixels: bool = False, batch: int | None = None) -> ExportedProgram:
+    """A classifier as torch's exported program, in evaluation mode: its graph, and its weights on the CPU.
 
     Args:
-        model: a classifier.
+        model: a classifier, on any device; it stays as it is.
         raw_pixels: take uint8 pixels instead of normalised floats.
+        batch: the only batch size that the program takes; None: it takes any.
 
-    Raises ValueError for another model.
+    Raises ValueError for another model, for raw pixels where it is not in float32, and for a batch below 1.
     """
     if not isinstance(model, Classifier):
         raise ValueError(
             f"a {type(model).__name__} is no classifier: finetune it first, or make one of its builder, "
             ".classifier(classes).build(), and load its trunk (checkpoint.load_trunk)"
         )
-    parameter, mode = next(model.parameters()), model.training
-    dtype = torch.uint8 if raw_pixels else parameter.dtype
-    pixels = torch.zeros(
-        2, 3, *model.trunk.size, dtype=dtype, device=parameter.device
-    )  # 0 and 1 would be taken as fixed
-    try:
-        return torch.export.export(model.eval(), (pixels,), dynamic_shapes=({0: Dim("batch")},))
-    finally:
-        model.train(mode)
+    if batch is not None and batch < 1:
+        raise ValueError(f"a batch has one sample or more; got {batch}")
+    dtype = next(model.parameters()).dtype
+    if raw_pixels and dtype != torch.float32:
+        raise ValueError(f"raw pixels are normalised in float32, and the model is in {dtype}: give model.float()")
+    # on a GPU the convolution would be our own operator, which is known to nobody else
+    model = copy.deepcopy(model).cpu().eval()
+    count = 2 if batch is None else batch  # 0 and 1 would be taken as fixed
+    pixels = torch.zeros(count, 3, *model.trunk.size, dtype=torch.uint8 if raw_pixels else dtype)
+    return torch.export.export(model, (pixels,), dynamic_shapes=({0: Dim("batch")},) if batch is None else None)
 
 
-def to_onnx(model: nn.Module, path: str | Path, *, raw_pixels: bool = False, opset: int | None = None) -> Path:
+def to_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    raw_pixels: bool = False,
+    batch: int | None = None,
+    opset: int | None = None,
+) -> Path:
     """Write a classifier as ONNX, with its weights; it is there as a whole or not at all.
 
+    Weights of 2 GiB and more, which no ONNX file can hold, are written beside it, as NAME.data: keep the two together.
+
     Args:
-        model: a classifier, in float32.
+        model: a classifier, in float32; it stays as it is.
         path: where to.
         raw_pixels: take uint8 pixels instead of normalised floats.
+        batch: the only batch size that it takes; None: it takes any.
         opset: ONNX's version of operators; None: torch's default.
 
-    Raises ValueError for another model, and where onnx or onnxscript is missing.
+    Raises ValueError as `to_exported_program`, and where onnx or onnxscript is missing.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'ONNX needs {" and ".join(missing)}: pip install "convmae[export]", or {" ".join(missing)}')
-    program = to_exported_program(model, raw_pixels=raw_pixels)
+    path = Path(path)
+    program = to_exported_program(model, raw_pixels=raw_pixels, batch=batch)
+    beside = sum(tensor.nbytes for tensor in program.state_dict.values()) > LIMIT
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # of its own insides
         logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -82,17 +99,21 @@ def to_onnx(model: nn.Module, path: str | Path, *, raw_pixels: bool = False, ops
             dynamo=True,
             verbose=False,
         )
-        inside = Path(folder) / "model.onnx"
-        written.save(str(inside), external_data=False)
-        return write_whole(Path(path), inside.read_bytes())
+        inside = Path(folder) / path.name  # the weights beside it are found by its name
+        written.save(str(inside), external_data=beside)
+        if beside:
+            write_whole(path.with_name(f"{path.name}.data"), inside.with_name(f"{path.name}.data").read_bytes())
+        return write_whole(path, inside.read_bytes())
 
 
-def save_exported_program(model: nn.Module, path: str | Path, *, raw_pixels: bool = False) -> Path:
+def save_exported_program(
+    model: nn.Module, path: str | Path, *, raw_pixels: bool = False, batch: int | None = None
+) -> Path:
     """Write a classifier as an exported program, as a whole or not at all, for `torch.export.load(path).module()`.
 
     Raises ValueError as `to_exported_program`.
     """
-    program = to_exported_program(model, raw_pixels=raw_pixels)
+    program = to_exported_program(model, raw_pixels=raw_pixels, batch=batch)
     with tempfile.TemporaryDirectory() as folder:
         inside = Path(folder) / "model.pt2"
         torch.export.save(program, inside)
@@ -109,6 +130,7 @@ class _Options:
         size: side of the input in pixels. (default: the model's)
         average: the averaged weights that the run kept.
         raw_pixels: take uint8 RGB pixels, and normalise them in the file.
+        batch: the only batch size that the file takes. (default: any)
         opset: ONNX's version of operators. (default: torch's)
     """
 
@@ -117,6 +139,7 @@ class _Options:
     size: int | None = None
     average: bool = False
     raw_pixels: bool = False
+    batch: int | None = None
     opset: int | None = None
 
 
@@ -132,12 +155,13 @@ def _export(options: _Options) -> int:
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing
     if options.out.suffix == ".onnx":
-        path = to_onnx(model, options.out, raw_pixels=options.raw_pixels, opset=options.opset)
+        path = to_onnx(model, options.out, raw_pixels=options.raw_pixels, batch=options.batch, opset=options.opset)
     else:
-        path = save_exported_program(model, options.out, raw_pixels=options.raw_pixels)
+        path = save_exported_program(model, options.out, raw_pixels=options.raw_pixels, batch=options.batch)
     size = ", ".join(map(str, model.trunk.size))
     kind = "uint8 RGB" if options.raw_pixels else "ImageNet-normalised floats"
-    print(f"{path}: pixels (B, 3, {size}), {kind}, to logits (B, {model.head.out_features})")
+    batch = options.batch or "B"
+    print(f"{path}: pixels ({batch}, 3, {size}), {kind}, to logits ({batch}, {model.head.out_features})")
     return 0
 
 

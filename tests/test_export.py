@@ -1,5 +1,7 @@
 """Classifiers as ONNX and as exported programs give eager's logits, at other batch sizes than the traced one."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -99,9 +101,73 @@ def test_the_command_writes_what_the_ending_says_at_another_size(
     assert "no checkpoint at" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_program_that_does_not_know_this_framework_can_use_it(tmp_path: Path) -> None:
+    model = built(BUILDERS["clips"])
+    x = pixels(model, 3)
+    save_exported_program(model, tmp_path / "model.pt2")
+    torch.save({"pixels": x, "logits": model(x)}, tmp_path / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+ELSEWHERE = """
+import sys
+sys.modules["convmae"] = sys.modules["einops"] = None  # an import of them fails
+import torch
+expected = torch.load("expected.pt")
+logits = torch.export.load("model.pt2").module()(expected["pixels"])
+torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_fixed_batch_is_the_only_one_taken(tmp_path: Path) -> None:
+    model = built(BUILDERS["images"])
+    path = to_onnx(model, tmp_path / "model.onnx", batch=1)
+    torch.testing.assert_close(by_onnx(path, pixels(model, 1)), model(pixels(model, 1)), rtol=0, atol=1e-4)
+    with pytest.raises(Exception, match="invalid dimensions for input: pixels"):
+        by_onnx(path, pixels(model, 2))
+    with pytest.raises(ValueError, match="a batch has one sample or more; got 0"):
+        to_exported_program(model, batch=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_weights_too_large_for_an_onnx_file_lie_beside_it(tmp_path: Path) -> None:
+    model = built(BUILDERS["images"])
+    with mock.patch.object(export, "LIMIT", 1000):
+        path = to_onnx(model, tmp_path / "model.onnx")
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    x = pixels(model, 3)
+    torch.testing.assert_close(by_onnx(path, x), model(x), rtol=0, atol=1e-4)
+    (tmp_path / "model.onnx.data").unlink()
+    with pytest.raises(Exception, match=r"model\.onnx\.data"):
+        by_onnx(path, x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a model on a GPU needs one")
+@torch.no_grad()
+def test_a_model_on_a_gpu_is_exported_in_plain_operators_and_stays_there(tmp_path: Path) -> None:
+    model = built(BUILDERS["images"]).cuda()
+    program = to_exported_program(model)
+    assert not [node for node in program.graph.nodes if "convmae" in str(node.target)]
+    assert next(model.parameters()).is_cuda
+    x = pixels(model, 3)
+    torch.testing.assert_close(by_onnx(to_onnx(model, tmp_path / "model.onnx"), x), model.cpu()(x), rtol=0, atol=1e-4)
+
+
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a MaskedAutoencoder is no classifier: finetune it first"):
         to_exported_program(tiny().build())
+    with pytest.raises(
+        ValueError, match=r"normalised in float32, and the model is in torch\.float16: give model\.float"
+    ):
+        to_onnx(built(BUILDERS["images"]).half(), tmp_path / "model.onnx", raw_pixels=True)
     with (
         mock.patch.object(export, "PACKAGES", ("onnx", "not_there_at_all")),
         pytest.raises(ValueError, match=r"ONNX needs not_there_at_all: pip install \"convmae\[export\]\""),
