@@ -21,8 +21,8 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
 
 import torch
 
@@ -36,7 +36,7 @@ from .run import Run, Task
 from .slurm import ENDLESS, Allocation, Slurm, choose_nodes, query_slurm, request, show, submit
 
 DATA = "CONVMAE_DATA"
-_FLAGS = (bool, int, float, str, Path, tuple, NoneType)  # what a field may hold to be a flag
+_FLAGS = (bool, int, float, str, Path, NoneType)  # what a field may hold to be a flag, or several
 _METAVARS = {
     "recipe": "MODULE:FUNCTION",
     "partition": "NAME",
@@ -228,12 +228,20 @@ def _options(owner: Any, *before: Any) -> type:
     hints, fields, about = typing.get_type_hints(type(owner)), list(before), _about_fields(type(owner))
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
-        if field.name not in ("data", "test", "root") and isinstance(value, _FLAGS):
-            hint = hints[field.name]
+        hint = hints[field.name]
+        if field.name not in ("data", "test", "root") and _is_flag(hint):
             metavar = _METAVARS.get(field.name)
             annotation: Any = Annotated[hint, flag(hint, value, metavar=metavar, about=about.get(field.name))]
             fields.append((field.name, annotation, dataclasses.field(default=value)))
     return dataclasses.make_dataclass(type(owner).__name__, fields, namespace={"__doc__": type(owner).__doc__})
+
+
+def _is_flag(hint: Any) -> bool:
+    """Whether a command line can give a value of this type: a number, a word, a path, several of them, or none."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, UnionType):
+        return all(map(_is_flag, typing.get_args(hint)))
+    return origin in (Literal, tuple) or hint in _FLAGS
 
 
 def _about_fields(kind: type) -> dict[str, str]:
