@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, weights
-from .builders import Classifier
+from .builders import Backbone, Classifier
 from .checkpoint import load_weights
 from .command import run
 from .files import write_whole
@@ -142,8 +142,9 @@ def _save(model: nn.Module, folder: Path, *, note: str, source: str) -> Path:
         "convmae.checksum": _checksum(tensors),
     }
     write_whole(folder / WEIGHTS, library.torch.save(tensors, metadata=about))
-    write_whole(folder / CONFIG, json.dumps(_config(model, builder, tensors), indent=2) + "\n")
-    write_whole(folder / CARD, _card(model, builder, [name for name in modules if _strange(name)], note, source))
+    config = _config(model, builder, tensors)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_whole(folder / CARD, _card(builder, config, [name for name in modules if _strange(name)], note, source))
     return folder
 
 
@@ -239,18 +240,23 @@ def _config(model: nn.Module, builder: Any, tensors: Mapping[str, Tensor]) -> di
         "input_size": getattr(builder, "size", None),
         "normalisation": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
         **classes,
-        "parameters": _parameters(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "precision": sorted(floats),
     }
 
 
-def _card(model: nn.Module, builder: Any, strange: Sequence[str], note: str, source: str) -> str:
+def _card(builder: Any, config: Mapping[str, Any], strange: Sequence[str], note: str, source: str) -> str:
     clips, sides = _takes(builder)
-    task = "image-feature-extraction" if not clips else "feature-extraction"
-    gives = f"what a {_kind(model)} gives"
+    owner = builder.backbone if isinstance(builder, Classifier | Backbone) else builder
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", config["model"]).lower()
+    task, gives = "feature-extraction" if clips else "image-feature-extraction", f"what a {kind} gives"
     if isinstance(builder, Classifier):
-        task = "video-classification" if clips else "image-classification"
-        gives = f"logits of {builder.classes} classes"
+        task, gives = (
+            "video-classification" if clips else "image-classification",
+            f"logits of {builder.classes} classes",
+        )
+    # uint8 pixels become float32
+    floats = "uint8 pixels in RGB, or floats" if config["precision"] == ["float32"] else "floats in its own precision,"
     needed = f"\nIts builder needs {', '.join(f'`{name}`' for name in strange)} on `PYTHONPATH`.\n" if strange else ""
     return f"""---
 library_name: convmae
@@ -259,18 +265,18 @@ tags:
 - masked-image-modeling
 ---
 
-# {_kind(model).capitalize()}
+# {type(owner).__name__} {kind}
 
-{_parameters(model) / 1e6:.1f} M parameters, made by
+{config["parameters"]:,} parameters in {", ".join(config["precision"])}, made by
 
 ```python
-{_short(builder)!r}
+{config["builder"]}
 ```
 
 ## Input and output
 
-{"Clips" if clips else "Images"} `(B, 3, {sides})`: uint8 pixels in RGB, or floats normalised by ImageNet's mean
-{IMAGENET_MEAN} and standard deviation {IMAGENET_STD}. Out comes {gives}.
+{"Clips" if clips else "Images"} `(B, 3, {sides})`: {floats} normalised by ImageNet's mean
+{IMAGENET_MEAN} and standard deviation {IMAGENET_STD}. It gives {gives}.
 
 ## How to load it
 
@@ -295,15 +301,6 @@ def _takes(builder: Any) -> tuple[bool, str]:
 def _short(builder: Any) -> Any:
     """Without the names of a thousand classes."""
     return replace(builder, names=()) if isinstance(builder, Classifier) else builder
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _kind(model: nn.Module) -> str:
-    """`MaskedAutoencoder` as `masked autoencoder`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(model).__name__).lower()
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def test_precision_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     with torch.no_grad():
         assert found(x).equal(model(x))
     assert json.loads((tmp_path / CONFIG).read_text())["precision"] == [str(dtype).removeprefix("torch.")]
+    assert "uint8" not in (tmp_path / CARD).read_text(), "pixels become float32, which does not suit it"
 
 
 def test_tensors_that_share_memory_or_are_not_dense_are_written_one_by_one(tmp_path: Path) -> None:
@@ -178,7 +179,9 @@ def test_people_can_read_what_it_is(folder: Path, tmp_path: Path, monkeypatch: p
     assert config["parameters"] == sum(parameter.numel() for parameter in builder.build().parameters())
     card = (folder / CARD).read_text()
     assert ModelCard(card).data.get("pipeline_tag") == "image-classification"
-    assert "Images `(B, 3, 32, 32)`" in card
+    assert "# ConvMAE classifier\n" in card
+    assert "Images `(B, 3, 32, 32)`: uint8 pixels in RGB, or floats normalised" in card
+    assert "It gives logits of 3 classes." in card
     assert "Nothing that is known here: these weights came without figures." in card
     assert str(tmp_path) not in card
     (code,) = re.findall(r"```python\n(from.*?)```", card, re.DOTALL)
@@ -188,7 +191,9 @@ def test_people_can_read_what_it_is(folder: Path, tmp_path: Path, monkeypatch: p
     save_pretrained(built(builder), folder, note="Top-1 on our pictures: 12.3 %")
     assert "## What was measured\n\nTop-1 on our pictures: 12.3 %\n" in (folder / CARD).read_text()
     clips = save_pretrained(built(BUILDERS["VideoConvMAE"]), tmp_path / "clips")
-    assert "Clips `(B, 3, 4, 32, 32)`" in (clips / CARD).read_text()
+    card = (clips / CARD).read_text()
+    assert "# VideoConvMAE masked autoencoder\n" in card
+    assert "Clips `(B, 3, 4, 32, 32)`" in card
 
 
 def test_what_others_could_not_build_is_refused_and_the_folder_stays_as_it_was(
