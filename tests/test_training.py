@@ -208,7 +208,7 @@ def test_a_run_that_no_checkpoint_could_keep_is_refused_at_once(tmp_path: Path) 
     [
         ({"epochs": 0}, "epochs must be positive; got 0"),
         ({"warmup_epochs": 2.0}, "warmup_epochs must be 0 or more, and less than epochs, 2"),
-        ({"batch_size": 0, "workers": -1}, r"batch_size must be 1 or more; got 0\n  - workers"),
+        ({"batch_size": 0, "workers": -1}, r"workers must be 0 or more; got -1\n  - batch_size"),
     ],
 )
 def test_an_impossible_run_is_refused_with_every_problem(
