@@ -31,20 +31,22 @@ from .targets import Target, normalized_pixels
 B = TypeVar("B", bound="MAE")
 
 
-def _require(holds: bool, what: str, given: object) -> None:
+def require(holds: bool, what: str, given: object) -> None:
+    """Raise a ValueError that says what must hold, and what was given, unless it does."""
     if not holds:
         raise ValueError(f"{what}; got {given!r}")
 
 
-def _require_counts(owner: object, *names: str) -> None:
+def require_counts(owner: object, *names: str) -> None:
+    """Raise a ValueError for the first of these attributes that is no positive int."""
     for name in names:
         value = getattr(owner, name)
-        _require(isinstance(value, int) and value >= 1, f"{type(owner).__name__}: {name} is a positive int", value)
+        require(isinstance(value, int) and value >= 1, f"{type(owner).__name__}: {name} is a positive int", value)
 
 
 def _sides(owner: str, name: str, sides: Sequence[int], *, least: int = 1) -> Grid:
     grid = tuple(sides)
-    _require(
+    require(
         len(grid) >= 2 and all(isinstance(side, int) and side >= least for side in grid),
         f"{owner}: {name} has a positive int for each axis, (H, W) or (T, H, W)",
         sides,
@@ -74,12 +76,12 @@ class ConvStage:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "dim", "depth")
-        _require(self.mlp_ratio > 0, "ConvStage: mlp_ratio is positive", self.mlp_ratio)
+        require_counts(self, "dim", "depth")
+        require(self.mlp_ratio > 0, "ConvStage: mlp_ratio is positive", self.mlp_ratio)
         object.__setattr__(self, "stride", _sides("ConvStage", "stride", self.stride))
         object.__setattr__(self, "kernel", _sides("ConvStage", "kernel", self.kernel))
-        _require(all(side % 2 for side in self.kernel), "ConvStage: kernel sides are odd", self.kernel)
-        _require(
+        require(all(side % 2 for side in self.kernel), "ConvStage: kernel sides are odd", self.kernel)
+        require(
             len(self.stride) == len(self.kernel),
             "ConvStage: stride and kernel have the same number of axes",
             (self.stride, self.kernel),
@@ -111,8 +113,8 @@ class AttentionStage:
     hybrid: bool = True
 
     def __post_init__(self) -> None:
-        _require_counts(self, "dim", "depth", "heads")
-        _require(self.mlp_ratio > 0, "AttentionStage: mlp_ratio is positive", self.mlp_ratio)
+        require_counts(self, "dim", "depth", "heads")
+        require(self.mlp_ratio > 0, "AttentionStage: mlp_ratio is positive", self.mlp_ratio)
         object.__setattr__(self, "stride", _sides("AttentionStage", "stride", self.stride))
 
 
@@ -129,8 +131,8 @@ class Decoder:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "dim", "depth", "heads")
-        _require(self.mlp_ratio > 0, "Decoder: mlp_ratio is positive", self.mlp_ratio)
+        require_counts(self, "dim", "depth", "heads")
+        require(self.mlp_ratio > 0, "Decoder: mlp_ratio is positive", self.mlp_ratio)
 
 
 def _vit(dim: int, depth: int, heads: int, patch: Grid) -> tuple[Stage, ...]:
@@ -185,7 +187,7 @@ class MAE:
 
     def stages(self: B, *stages: Stage) -> B:
         """Make the trunk of these stages, `ConvStage(...)` and `AttentionStage(...)`, first to last."""
-        _require(
+        require(
             bool(stages) and all(isinstance(stage, ConvStage | AttentionStage) for stage in stages),
             ".stages(...) takes one stage or more, ConvStage(...) and AttentionStage(...), each an argument of its own",
             stages,
@@ -194,7 +196,7 @@ class MAE:
 
     def patch(self: B, patch: int | Sequence[int]) -> B:
         """Cut the input into patches of these sides: the stride of a trunk's only stage, a plain ViT's."""
-        _require(
+        require(
             len(self.trunk) == 1,
             ".patch(...) is for a trunk of one stage; set strides in .stages(...)",
             self.trunk,
@@ -204,7 +206,7 @@ class MAE:
 
     def mask(self: B, masking: Masking) -> B:
         """Hide tokens this way; see `convmae.masking`."""
-        _require(callable(masking), ".mask(...) takes a masking, as masking.random(0.75)", masking)
+        require(callable(masking), ".mask(...) takes a masking, as masking.random(0.75)", masking)
         return replace(self, masking=masking)
 
     def decode(self: B, *, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> B:
@@ -216,7 +218,7 @@ class MAE:
 
         The decoder then sees the shown tokens and those it predicts alone (VideoMAE V2; arXiv 2303.16727).
         """
-        _require(
+        require(
             part is None or callable(part),
             ".reconstruct_part(...) takes which hidden tokens to predict, as masking.running_cells(0.5), or None",
             part,
@@ -225,7 +227,7 @@ class MAE:
 
     def predict(self: B, target: Target) -> B:
         """Predict this target; see `convmae.targets`."""
-        _require(
+        require(
             callable(target) and hasattr(target, "values"),
             ".predict(...) takes a target, as targets.normalized_pixels()",
             target,
@@ -238,7 +240,7 @@ class MAE:
 
     def drop_path(self: B, rate: float) -> B:
         """Drop residual branches at a rate that rises linearly over all blocks of all stages to this one."""
-        _require(0 <= rate < 1, ".drop_path(rate) is in [0, 1)", rate)
+        require(0 <= rate < 1, ".drop_path(rate) is in [0, 1)", rate)
         return replace(self, drop_path_rate=rate)
 
     def with_class_token(self: B, class_token: bool = True) -> B:
@@ -361,14 +363,14 @@ class MAE:
             ]
         for number, stage in enumerate(self.trunk, 1):
             if isinstance(stage, AttentionStage):
-                problems += _attention_problems(f".stages(...): stage {number}", stage.dim, stage.heads, axes)
+                problems += attention_problems(f".stages(...): stage {number}", stage.dim, stage.heads, axes)
         if self.class_token and not isinstance(self.trunk[-1], AttentionStage):
             problems.append(".with_class_token(True) needs an AttentionStage as the last of .stages(...)")
         return problems
 
     def _decoder_problems(self) -> list[str]:
         dim, heads = self.decoder.dim, self.decoder.heads
-        return _attention_problems(f".decode(dim={dim}, heads={heads})", dim, heads, len(self.size))
+        return attention_problems(f".decode(dim={dim}, heads={heads})", dim, heads, len(self.size))
 
     def _masking_problems(self) -> list[str]:
         """Try the masking on the grid, if there is a grid."""
@@ -455,7 +457,8 @@ def _kind(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _attention_problems(where: str, dim: int, heads: int, axes: int) -> list[str]:
+def attention_problems(where: str, dim: int, heads: int, axes: int) -> list[str]:
+    """What is wrong with the numbers of transformer blocks that stand `where`."""
     problems = []
     if dim % heads:
         problems.append(f"{where}: dim {dim} is not divisible by heads {heads}")
@@ -539,12 +542,12 @@ class Classifier:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_counts(self, "classes")
-        _require(self.pooling in ("mean", "token"), 'Classifier: pooling is "mean" or "token"', self.pooling)
-        _require(0 <= self.dropout < 1, "Classifier: dropout is in [0, 1)", self.dropout)
-        _require(self.head_std >= 0, "Classifier: head_std is 0 or more", self.head_std)
+        require_counts(self, "classes")
+        require(self.pooling in ("mean", "token"), 'Classifier: pooling is "mean" or "token"', self.pooling)
+        require(0 <= self.dropout < 1, "Classifier: dropout is in [0, 1)", self.dropout)
+        require(self.head_std >= 0, "Classifier: head_std is 0 or more", self.head_std)
         fitting = len(self.names) in (0, self.classes)
-        _require(fitting, f"Classifier: there are as many names as classes={self.classes}, or none", len(self.names))
+        require(fitting, f"Classifier: there are as many names as classes={self.classes}, or none", len(self.names))
 
     @property
     def size(self) -> Grid:

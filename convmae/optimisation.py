@@ -16,6 +16,8 @@ UNDECAYED = ("positions", "mask_token", "class_token")
 def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """The trained parameters in groups: norms, biases, positions and tokens without weight decay, the rest with it.
 
+    The weights of a BatchNorm, which the heads of CMAE have, decay as in its code.
+
     With a layer decay, the learning rate of each layer is that of the next, times it (ELECTRA, BEiT; MAE, appendix
     A.2): a group's `scale` is `layer_decay ** (layers - layer)`, with the layers of `layer_of`.
 
@@ -25,10 +27,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: floa
         layer_decay: in (0, 1]; 1 trains all parameters at one rate, and gives two groups.
     """
     last = layers(model) if layer_decay < 1 else 0
+    scales = {id(module.weight) for module in model.modules() if isinstance(module, nn.BatchNorm1d)}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name.rpartition(".")[2] in UNDECAYED
+            plain = plain and id(parameter) not in scales
             groups.setdefault((layer_of(model, name) if last else 0, plain), []).append(parameter)
     wanted = [(layer, plain) for layer in range(last + 1) for plain in (False, True)]
     return [

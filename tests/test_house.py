@@ -18,9 +18,9 @@ FLOORS: list[set[str]] = [
     {"convmae.nn.layers"},
     {"convmae.nn.trunk"},
     {"convmae.nn.backbone", "convmae.nn.classifier", "convmae.nn.masked_autoencoder"},
-    {"convmae.nn.initialisation", "convmae.nn"},
+    {"convmae.nn.contrast", "convmae.nn.initialisation", "convmae.nn"},
     {"convmae.builders"},
-    {"convmae.checkpoint"},
+    {"convmae.checkpoint", "convmae.cmae"},
     {"convmae.foreign", "convmae.official"},
     {"convmae"},
     {

@@ -6,11 +6,11 @@ from torch import nn
 
 from .classifier import Classifier
 from .layers import Pointwise
-from .masked_autoencoder import MaskedAutoencoder
+from .masked_autoencoder import Decoder
 from .trunk import AttentionStage, Trunk
 
 
-def for_pretraining(model: MaskedAutoencoder) -> None:
+def for_pretraining(model: nn.Module) -> None:
     """MAE's rule, as ConvMAE's code has it.
 
     Linear layers are Xavier uniform with zero bias, qkv as one matrix. Of the convolutions only the embedding of an
@@ -20,12 +20,15 @@ def for_pretraining(model: MaskedAutoencoder) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, Pointwise):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, AttentionStage):
             nn.init.xavier_uniform_(module.embedding.weight.data.flatten(1))
             if module.class_token is not None:
                 nn.init.normal_(module.class_token, std=0.02)
-    nn.init.normal_(model.decoder.mask_token, std=0.02)
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            nn.init.normal_(module.mask_token, std=0.02)
 
 
 def for_finetuning(model: Classifier, *, head_std: float) -> None:

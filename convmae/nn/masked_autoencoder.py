@@ -119,6 +119,13 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: x or the mask has another shape than the model's, or the mask's counts differ by sample.
         """
+        x, shown = self.hide(x, mask)
+        latent, class_token = self.encode(x, shown)
+        prediction = self.decoder(latent, shown, class_token)
+        return {"loss": self.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
+
+    def hide(self, x: Tensor, mask: Tensor | Shown | None) -> tuple[Tensor, Shown]:
+        """The input as the trunk takes it, normalised, and what is shown of it. Takes and raises what `forward` does."""
         x = normalize(x) if x.dtype == torch.uint8 else x
         if mask is None:
             mask = self.draw_masks(len(x))
@@ -129,14 +136,13 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"the mask shows {shown.count} of {self.trunk.length} tokens: some must be shown, some hidden"
             )
-        latent, class_token = self.encode(x, shown)
-        prediction = self.decoder(latent, shown, class_token)
-        return {"loss": self.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
+        return x, shown
 
-    def loss(self, x: Tensor, prediction: Tensor, shown: Shown) -> Tensor:
+    def loss(self, x: Tensor, prediction: Tensor, shown: Shown, valid: Tensor | None = None) -> Tensor:
         """The mean over hidden patches of the mean squared error in a patch, in float32 or better: scalar.
 
-        `x (B, C, *size)`, prediction `(R, L, values)`, or `(R, N, values)` of `shown.decoded`.
+        `x (B, C, *size)`, prediction `(R, L, values)`, or `(R, N, values)` of `shown.decoded`; valid boolean `(R)`, the
+        rows that count, None: all.
         """
         precision = torch.promote_types(x.dtype, torch.float32)
         target = self.target(patches(x.to(precision), self.trunk.stride))
@@ -146,10 +152,12 @@ class MaskedAutoencoder(nn.Module):
             target = target.gather(1, shown.decoded.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         assert target.shape == prediction.shape, (target.shape, prediction.shape)
         error = squared_error(prediction, target)
-        if shown.decoded is not None:
+        if shown.decoded is not None and valid is None:
             return error.mean()
-        hidden = shown.hidden.flatten(1)
-        return torch.where(hidden, error, 0).sum() / hidden.sum()
+        counted = shown.hidden.flatten(1) if shown.decoded is None else torch.ones_like(error, dtype=torch.bool)
+        if valid is not None:
+            counted = counted & valid[:, None]
+        return torch.where(counted, error, 0).sum() / (counted.sum() if valid is None else counted.sum().clamp(min=1))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:

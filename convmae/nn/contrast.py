@@ -1,0 +1,295 @@
+"""The contrastive masked autoencoder: reconstruction, and agreement with a momentum encoder that sees everything."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..grids import Shown
+from ..targets import normalize
+from .layers import DropPath
+from .masked_autoencoder import Decoder, MaskedAutoencoder
+from .trunk import Trunk
+
+HEAD_EPS = 1e-6  # of the heads' BatchNorm in CMAE's code
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the batches of all processes together, on any device; in a world of one torch's own.
+
+    Buffers are kept as torch's SyncBatchNorm keeps them, which knows GPUs alone, and no rows that count for nothing.
+    """
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """`x (B, D) -> (B, D)`, float32 or better; valid boolean `(B)`: the rows that count, None: all of them.
+
+        All processes call it in training, with any number of rows.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training or (valid is None and _processes() == 1):
+            return super().forward(x)
+        weight = x.new_ones(len(x), 1) if valid is None else valid.to(x.dtype)[:, None]
+        count = summed(weight.sum()).clamp(min=1)
+        mean = summed((weight * x).sum(0)) / count
+        centred = x - mean
+        variance = summed((weight * centred.square()).sum(0)) / count
+        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+
+class Head(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear without bias: CMAE's projector and predictor."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        super().__init__(
+            nn.Linear(width, hidden), BatchNorm(hidden, eps=HEAD_EPS), nn.ReLU(), nn.Linear(hidden, dim, bias=False)
+        )
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """`x (B, D) -> (B, dim)`; valid: see `BatchNorm`."""
+        into, norm, activation, out = self
+        x = out(activation(norm(into(x), valid)))
+        return x
+
+
+class TargetEncoder(nn.Module):
+    """The trunk, its multi-scale fusion and the projector as they were on average: sees everything, learns nothing.
+
+    It begins as a copy, drops no paths, and has no norm after the trunk (CMAE's code).
+    """
+
+    def __init__(self, trunk: Trunk, fusion: nn.ModuleList, projector: Head) -> None:
+        super().__init__()
+        self.trunk, self.fusion, self.projector = copy.deepcopy((trunk, fusion, projector))
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Keys `(B, dim)` of the mean over all tokens but the class token; `x (B, C, *size)`, valid: see `BatchNorm`."""
+        maps, _ = self.trunk(x)
+        shown = Shown(self.trunk.grid)
+        latent = maps[-1]
+        for convolution, finer in zip(self.fusion, maps, strict=False):
+            latent = latent + convolution(finer)
+        keys: Tensor = self.projector(latent.flatten(1, -2).mean(1), valid)
+        return keys
+
+
+class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
+    """CMAE (Huang et al., 2022; arXiv 2207.13532) over any masked autoencoder: its parts keep their names.
+
+    The online encoder sees what is shown; beside the pixel decoder, a feature decoder fills in features. Their mean over
+    all tokens, through projector and predictor, is to tell the target encoder's mean of the same sample, seen whole and
+    in another view, from those of all other samples, of all processes. `update_target` is to follow every optimiser step.
+
+    Args:
+        plain: the masked autoencoder, whose parts are taken over.
+        feature_decoder: gives values as wide as the trunk.
+        projector, predictor: heads of the features; the target's projector begins as a copy.
+        momentum, momentum_end: of the target, at the start and the end.
+        temperature: of the contrastive loss.
+        reconstruction_weight, contrast_weight: of the losses.
+    """
+
+    def __init__(
+        self,
+        plain: MaskedAutoencoder,
+        *,
+        feature_decoder: Decoder,
+        projector: Head,
+        predictor: Head,
+        momentum: float,
+        momentum_end: float,
+        temperature: float,
+        reconstruction_weight: float,
+        contrast_weight: float,
+    ) -> None:
+        super().__init__(
+            plain.trunk,
+            plain.decoder,
+            masking=plain.masking,
+            target=plain.target,
+            fusion=len(plain.fusion) > 0,
+            part=plain.part,
+        )
+        self.fusion, self.norm = plain.fusion, plain.norm
+        self.feature_decoder = feature_decoder
+        self.projector, self.predictor = projector, predictor
+        self.momentum_start, self.momentum_end = momentum, momentum_end
+        self.temperature = temperature
+        self.weights = (reconstruction_weight, contrast_weight)
+        self.target_encoder = TargetEncoder(plain.trunk, plain.fusion, projector)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Shown | None = None,
+        second: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Hide, encode, decode twice, compare with the pixels and with the target.
+
+        All processes call it, with equally many samples each, for they give each other their keys.
+
+        Args:
+            x: the online view `(B, C, *size)`, ImageNet-normalised floats, or uint8 pixels.
+            mask: as `MaskedAutoencoder.forward` takes it, one for each sample.
+            second: the target's view, as x; None: the same.
+            valid: boolean `(B)`, the samples that count; None: all.
+
+        Returns:
+            `loss`: scalar, float32, the weighted sum of the next two; `reconstruction`: as a plain masked autoencoder's
+            loss, of the online view; `contrast`: see `contrastive_loss`; `agreement`: mean cosine of a sample's
+            prediction and its key, 1 at best; `spread`: of the keys of all processes, 1 where they point anywhere, 0
+            where all have collapsed to one; `prediction`, `mask`: as a plain one's.
+
+        Raises:
+            ValueError: as the plain one's, and where the views differ in shape.
+        """
+        x, shown = self.hide(x, mask)
+        second = x if second is None else normalize(second) if second.dtype == torch.uint8 else second
+        if second.shape != x.shape:
+            raise ValueError(f"the views are {tuple(x.shape)} and {tuple(second.shape)}: they must have one shape")
+        latent, class_token = self.encode(x, shown)
+        prediction = self.decoder(latent, shown, class_token)
+        reconstruction = self.loss(x, prediction, shown, valid)
+        features = self.feature_decoder(latent, Shown(shown.grid, shown.index), class_token)
+        queries = self.predictor(self.projector(features.mean(1), valid), valid)
+        with torch.no_grad():
+            keys = self.target_encoder(second, valid)
+        told = contrastive_loss(queries, keys, self.temperature, valid)
+        weigh_pixels, weigh_contrast = self.weights
+        return {
+            "loss": weigh_pixels * reconstruction + weigh_contrast * told["contrast"],
+            "reconstruction": reconstruction.detach(),
+            **{name: value.detach() for name, value in told.items()},
+            "prediction": prediction,
+            "mask": shown.hidden,
+        }
+
+    def momentum(self, progress: float) -> float:
+        """That of an update at a progress in [0, 1): from start to end by half a cosine (CMAE's code; BYOL)."""
+        return self.momentum_end - (self.momentum_end - self.momentum_start) * (math.cos(math.pi * progress) + 1) / 2
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target towards the online encoder: `t <- momentum * t + (1 - momentum) * o`, all its parameters.
+
+        To be called after every optimiser step. The norms' buffers are not averaged. Of a sharded model (FSDP2) every
+        process moves its own part: reshard it before.
+        """
+        averaged, online = zip(*self.followed(), strict=True)
+        torch._foreach_lerp_(list(averaged), list(online), 1 - momentum)
+
+    def followed(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter of the target, and that of the online encoder which it follows."""
+        online = dict(self.named_parameters())
+        for name, parameter in self.target_encoder.named_parameters():
+            yield parameter, online[name]
+
+
+def contrastive_loss(
+    queries: Tensor, keys: Tensor, temperature: float, valid: Tensor | None = None
+) -> dict[str, Tensor]:
+    """InfoNCE of queries against the keys of all processes, and what tells a collapse; in float32 or better.
+
+    Vectors are scaled to unit length; the loss is `2 * temperature` times the mean cross entropy of `q · k /
+    temperature`, where a sample's own key is right (CMAE, section 3.3; the factor is its code's). Keys get no gradient.
+
+    Args:
+        queries: of this process's samples, `(B, D)`.
+        keys: of the same samples, `(B, D)`; all processes have equally many.
+        temperature: positive.
+        valid: boolean `(B)`, the samples that count, as queries and as keys; None: all.
+
+    Returns:
+        `contrast`, the loss; `agreement`, the mean cosine of queries and their keys; `spread`, the deviation of the keys
+        along an axis, mean over axes, times sqrt(D): scalars. The first two are of this process's samples.
+    """
+    precision = torch.promote_types(queries.dtype, torch.float32)
+    queries, keys = (F.normalize(each.to(precision), dim=1) for each in (queries, keys.detach()))
+    counted = torch.ones(len(keys), dtype=torch.bool, device=keys.device) if valid is None else valid
+    everyones, theirs = gathered(keys), gathered(counted)
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = (queries @ everyones.T / temperature).masked_fill(~theirs, -math.inf)
+    rank = dist.get_rank() if _processes() > 1 else 0
+    own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
+    # a row that does not count has its own key's logit alone: it is there, so that no NaN comes of it
+    logits = torch.where(counted[:, None], logits, 0.0)
+    share = counted.to(precision) / counted.sum().clamp(min=1)
+    error = F.cross_entropy(logits, own, reduction="none")
+    weight = theirs.to(precision)[:, None]
+    total = weight.sum().clamp(min=1)
+    centred = everyones - (weight * everyones).sum(0) / total
+    deviation = ((weight * centred.square()).sum(0) / total).sqrt()
+    return {
+        "contrast": 2 * temperature * (share * error).sum(),
+        "agreement": (share * (queries * keys).sum(1)).sum(),
+        "spread": deviation.mean() * math.sqrt(keys.shape[1]),
+    }
+
+
+# ---- among processes; nothing of it is there in a world of one -------------------------------------------------------
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.compiler.disable
+def _all_gather(x: Tensor) -> Tensor:
+    sent = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()  # gloo knows no truth values
+    parts = sent.new_empty(_processes() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, sent)
+    return parts.to(x.dtype)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes by rank, equally many of each, without gradient: `(B, ...) -> (processes * B, ...)`."""
+    if _processes() == 1:
+        return x.detach()
+    return _all_gather(x.detach())
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; as each has a loss of its own, gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+@torch.compiler.disable
+def _all_sum(x: Tensor) -> Tensor:
+    found: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over all processes, with the gradient of all their losses."""
+    return x if _processes() == 1 else _all_sum(x)
