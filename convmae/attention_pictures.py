@@ -35,7 +35,7 @@ from .images import CentreCrop, read
 from .nn.layers import Attention
 from .nn.trunk import AttentionStage
 from .pictures import _GROUND, _sheet, _write_png
-from .weights import load_taking
+from .weights import Encoder, load_taking
 
 Query = Literal["all", "class"] | tuple[int, ...]
 """Whose attention: the mean over all tokens', the class token's, or that of the token at a place of the grid."""
@@ -309,6 +309,7 @@ class Options:
         query: draw the attention of this token too: its row and column on the last stage's grid, from 0; of clips, the
             time step before them.
         size: of the input: height and width in pixels. (default: the model's)
+        encoder: of a CMAE: online or target.
     """
 
     model: Path
@@ -316,6 +317,7 @@ class Options:
     folder: Path = Path("attention_pictures")
     query: tuple[int, ...] = ()
     size: int | None = None
+    encoder: Encoder = "online"
 
 
 def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Grid], Tensor]) -> int:
@@ -342,7 +344,7 @@ def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Gri
 
 
 def _draw(options: Options) -> int:
-    model = load_taking(2, options.model, options.size, other="video.attention_pictures")
+    model = load_taking(2, options.model, options.size, other="video.attention_pictures", encoder=options.encoder)
 
     def pixels_of(file: Path, size: Grid) -> Tensor:
         return CentreCrop(ratio=1)(read(file), (size[0], size[1]), torch.Generator())

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from .distributed import take_up_weights, weights_of
+from .distributed import hold_own_parts, take_up_weights, weights_of
 
 
 class Average:
@@ -50,10 +49,8 @@ class Average:
         self._swap()
 
     def _parameters(self) -> list[nn.Parameter]:
-        """The trained ones; of a sharded model, this process's parts: after a forward pass the root's are whole."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """The trained ones; of a sharded model, this process's parts."""
+        hold_own_parts(self.model)
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @torch.no_grad()

@@ -608,6 +608,13 @@ class Backbone:
         return model
 
 
+def owner_of(builder: Any) -> MAE | None:
+    """The builder of the masked autoencoder whose trunk a builder's model has; None: it has none."""
+    if not isinstance(builder, MAE):
+        builder = getattr(builder, "mae", None) or getattr(builder, "backbone", None)
+    return builder if isinstance(builder, MAE) else None
+
+
 def backbone_of(model: nn.Module, *, stages: Sequence[int] | None = None, any_size: bool = False) -> BackboneModule:
     """The backbone of a model that has a trunk, as a masked autoencoder or a classifier: shared, nothing is copied.
 
@@ -623,7 +630,6 @@ def backbone_of(model: nn.Module, *, stages: Sequence[int] | None = None, any_si
         raise ValueError(f"a {type(model).__name__} has no .trunk: give a masked autoencoder or a classifier")
     found = BackboneModule(trunk, stages=stages, any_size=any_size)
     found.training = trunk.training
-    owner = builder.backbone if isinstance(builder, Classifier | Backbone) else builder
-    if isinstance(owner, MAE):
+    if owner := owner_of(builder):
         found.builder = Backbone(backbone=owner, stages=found.stages, any_size=any_size)
     return found

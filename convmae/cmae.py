@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from .builders import MAE, Classifier, Decoder, attention_problems, require, require_counts
+
+from .builders import MAE, Backbone, Classifier, Decoder, attention_problems, require, require_counts
 from .grids import Grid
 from .nn import initialisation
 from .nn.classifier import Pooling
@@ -85,14 +86,13 @@ class CMAE:
         """Input size in pixels."""
         return self.mae.size
 
-    @property
-    def backbone(self) -> MAE:
-        """The builder whose trunk is finetuned."""
-        return self.mae
-
     def classifier(self, classes: int, *, pooling: Pooling = "mean", dropout: float = 0.0) -> Classifier:
         """The finetuning network over the same trunk, for so many classes."""
         return self.mae.classifier(classes, pooling=pooling, dropout=dropout)
+
+    def backbone(self, *, stages: Sequence[int] | None = None, norm: bool = False, any_size: bool = False) -> Backbone:
+        """The maps of the same trunk's stages, for detection and the like; see `Backbone`."""
+        return self.mae.backbone(stages=stages, norm=norm, any_size=any_size)
 
     def check(self) -> None:
         """Raise the ValueError that `build` would, without building."""

@@ -179,6 +179,11 @@ class Stream:
         """Samples drawn for a step, each of which gives `repeats` of its batch."""
         return self.batch_size // repeats(self.samples)
 
+    @property
+    def most(self) -> int:
+        """The rows of a whole micro-batch, the same for all processes."""
+        return self.micro_batch or -(-self.drawn // self.world) * repeats(self.samples)
+
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""
         if self.once:

@@ -135,6 +135,13 @@ def take_up_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     states.set_model_state_dict(model, dict(weights), options=whole)
 
 
+def hold_own_parts(model: nn.Module) -> None:
+    """Of a sharded model leave every process its own parts alone: after a forward pass the root's are whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def join(device: str, *, minutes: float = 20) -> Iterator[World]:
     """Meet the other processes named by RANK and WORLD_SIZE, as torchrun and the launchers set them; alone without.

@@ -403,6 +403,7 @@ class Options:
         format: of what is written: npz or safetensors.
         maps: write the maps of every stage, too, in float16.
         size: of the input: height and width in pixels. (default: the model's)
+        encoder: of a CMAE: online or target.
         part: files whose features are written together, a multiple of the batch. (default: 1024, with maps 64)
         batch_size: files that are computed at once.
         workers: loader processes. (default: as many as CPUs)
@@ -417,6 +418,7 @@ class Options:
     format: Format = "npz"
     maps: bool = False
     size: int | None = None
+    encoder: weights.Encoder = "online"
     part: int | None = None
     batch_size: int = 32
     workers: int | None = None
@@ -447,7 +449,7 @@ def carry_out(options: Options, model: nn.Module, source: Source) -> int:
 
 
 def _extract(options: Options) -> int:
-    model = weights.load_taking(2, options.model, options.size, other="video.features")
+    model = weights.load_taking(2, options.model, options.size, other="video.features", encoder=options.encoder)
     return carry_out(options, model, ImageFolder(root=options.data.absolute()).as_test())
 
 

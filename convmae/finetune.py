@@ -10,7 +10,7 @@ from typing import Any
 
 from . import weights
 from .augmentation import Erasing, Mixing
-from .builders import MAE, Classifier
+from .builders import MAE, Classifier, owner_of
 from .checkpoint import load_weights
 from .data import Samples, Source
 from .distributed import World
@@ -33,6 +33,7 @@ class Finetune(Run):
             gives the input size alone.
         checkpoint: where to start from: a run's folder, or a file that `convmae.weights.load` reads; None: from
             scratch. The trunk is taken, positions resized; not the decoder, nor a head.
+        encoder: of a contrastive checkpoint (CMAE), whose trunk: the online one's, or the target's.
         test: the samples that show how well it does; None: it is not tested.
         test_every: epochs between two tests on one view of each sample; all views of `test` are looked at in the end.
         classes: how many; None: as many as the data have.
@@ -47,6 +48,7 @@ class Finetune(Run):
     """
 
     checkpoint: Path | None = None
+    encoder: weights.Encoder = "online"
     test: Source | None = None
     test_every: float = 1
     classes: int | None = None
@@ -67,6 +69,7 @@ class Finetune(Run):
         """What the fields must be."""
         return [
             *super().demands(),
+            ("encoder", "online or target", self.encoder in ("online", "target")),
             ("test_every", "positive", self.test_every > 0),
             ("classes", "1 or more, or None", self.classes is None or self.classes >= 1),
             ("pooling", "mean or token", self.pooling in ("mean", "token")),
@@ -88,7 +91,7 @@ class Finetune(Run):
         if kept is None and self.checkpoint is not None:
             pretrained = self._pretrained(self.checkpoint)
         if kept is None:
-            backbone = self.model if pretrained is None else self._backbone(pretrained.builder)
+            backbone = self._backbone(self.model if pretrained is None else pretrained.builder)
             kept = self._classifier(backbone.drop_path(self.drop_path), class_names(samples))
         model = kept.build()
         if pretrained is not None:
@@ -103,7 +106,7 @@ class Finetune(Run):
 
     def _pretrained(self, checkpoint: Path) -> Any:
         try:
-            return weights.load(checkpoint)
+            return weights.load(checkpoint, encoder=self.encoder)
         except FileNotFoundError as missing:
             raise ValueError(f"--checkpoint {checkpoint}: {missing}") from missing
 
@@ -115,8 +118,8 @@ class Finetune(Run):
 
     def _backbone(self, builder: Any) -> MAE:
         """The builder of a checkpoint's trunk, for this run's input size."""
-        backbone = builder if isinstance(builder, MAE) else getattr(builder, "backbone", None)
-        if not isinstance(backbone, MAE):
+        backbone = owner_of(builder)
+        if backbone is None:
             raise ValueError(f"--checkpoint {self.checkpoint} was made by {type(builder).__name__}, which has no trunk")
         if len(backbone.size) != len(self.model.size):
             raise ValueError(

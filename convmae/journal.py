@@ -34,6 +34,7 @@ from rich.text import Text
 
 from . import report, snapshot
 from .builders import MAE
+from .cmae import CMAE
 from .files import append_line, lines, write_whole
 from .gallery import Gallery
 from .nn.masked_autoencoder import MaskedAutoencoder
@@ -52,14 +53,21 @@ def describe(run: Run) -> str:
     lines = [f"{type(run).__name__}("]
     for field in dataclasses.fields(run):
         value = getattr(run, field.name)
-        if isinstance(value, MAE):
-            lines.append(f"    {field.name}={type(value).__name__}()")
-            for verb in value.verbs(defaults=True):
-                lines.append("        " + re.sub(r", (?=ConvStage|AttentionStage)", ",\n            ", verb))
-            lines[-1] += ","
+        if isinstance(value, MAE | CMAE):
+            lines.append(f"    {field.name}={_verbs(value, '    ')},")
         else:
             lines.append(f"    {field.name}={value!r},")
     return "\n".join([*lines, ")"]) + "\n"
+
+
+def _verbs(builder: MAE | CMAE, margin: str) -> str:
+    """A builder verb by verb, each on a line of its own below."""
+    inner = f"{margin}    "
+    within = f"\n{inner}mae={_verbs(builder.mae, inner)}\n{margin}" if isinstance(builder, CMAE) else ""
+    verbs = [
+        re.sub(r", (?=ConvStage|AttentionStage)", f",\n{inner}    ", verb) for verb in builder.verbs(defaults=True)
+    ]
+    return "".join([f"{type(builder).__name__}({within})", *(f"\n{inner}{verb}" for verb in verbs)])
 
 
 class Journal:
@@ -123,14 +131,16 @@ class Journal:
 
     def _introduce(self) -> None:
         run, start = self.run, self.start
-        parameters = sum(parameter.numel() for parameter in start.model.parameters())
+        target = getattr(start.model, "target_encoder", None)
+        kept = 0 if target is None else sum(parameter.numel() for parameter in target.parameters())
+        parameters = sum(parameter.numel() for parameter in start.model.parameters()) - kept
         size = " x ".join(map(str, run.model.size))
         print_ = self.console.print
         if start.first >= start.total:
             done = f"{self.folder} is already finished: nothing left to do, after {start.first} of {start.total} steps"
             print_(done, highlight=False, markup=False, soft_wrap=True)
             return
-        print_(f"[bold]{type(run.model).__name__}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
+        print_(f"[bold]{_name(run.model)}[/] of {parameters / 1e6:.1f} M parameters on {size} pixels")
         print_(f"{start.samples!r}", highlight=False, markup=False, soft_wrap=True)
         print_(f"{run.batch_size} samples a step, {start.total} steps, {_where(start)}")
         if start.first:
@@ -176,6 +186,7 @@ class Journal:
             "epoch": round(number * self.run.batch_size / self.start.epoch, 4),
             "samples": number * self.run.batch_size,
             "loss": window.loss / window.samples if window.samples else None,
+            **{name: value / window.samples for name, value in window.watched.items()},
             "learning_rate": self.run.rate(number - 1, self.start.total),
             "gradient_norm": window.gradient_norm,
             "bad_steps": progress.bad_steps,
@@ -191,7 +202,8 @@ class Journal:
         for name, reason, step in progress.window.skipped:
             append_line(self.folder / SKIPPED, {"file": name, "reason": reason, "step": step})
         append_line(self.folder / METRICS, self.last)
-        shown = {name: self.last[name] for name in SHOWN if self.last[name] is not None}
+        names = (*SHOWN, *progress.window.watched)
+        shown = {name: self.last[name] for name in names if self.last[name] is not None}
         for name, value in shown.items():
             self.board.add_scalar(name, value, number)
         if self.wandb is not None:
@@ -343,6 +355,10 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
 class _Status(ProgressColumn):
     def render(self, task: ProgressTask) -> Text:
         return Text(str(task.fields["status"]), no_wrap=True)
+
+
+def _name(builder: MAE | CMAE) -> str:
+    return f"CMAE over {type(builder.mae).__name__}" if isinstance(builder, CMAE) else type(builder).__name__
 
 
 def _where(start: Start) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,9 @@ from . import masking
 from .augmentation import Erasing, Mixing, soft_targets
 from .average import Average
 from .data import Batch, generator
+from .distributed import hold_own_parts
 from .nn.classifier import Classifier
+from .nn.contrast import ContrastiveMaskedAutoencoder
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import parameter_groups
 from .targets import normalize
@@ -27,8 +30,11 @@ class Learner(Protocol):
         """What is trained, with the builder that made it."""
         ...
 
-    def begin(self) -> None:
-        """Called once the model is on its device and shared among the processes, before anything is taken up."""
+    def begin(self, most: int) -> None:
+        """Called once the model is on its device and shared among the processes, before anything is taken up.
+
+        `most` is the number of samples of a whole micro-batch, the same for all processes.
+        """
         ...
 
     @property
@@ -47,16 +53,16 @@ class Learner(Protocol):
         """
         ...
 
-    def loss(self, network: nn.Module, inputs: Any) -> Tensor:
-        """The mean loss over the batch's samples: scalar."""
+    def losses(self, network: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        """`loss`, the mean over the batch's samples, and whatever else is to be watched, by name: scalars."""
         ...
 
     def nothing(self, count: int = 1) -> Batch:
         """Black samples that count for nothing, so that all processes take part in the exchange of gradients."""
         ...
 
-    def after_step(self) -> None:
-        """Called after every optimiser step that changed the model."""
+    def after_step(self, progress: float) -> None:
+        """Called after every optimiser step that changed the model; the part of the run done before it, in [0, 1)."""
         ...
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
@@ -93,7 +99,7 @@ class Reconstruction:
         self.model = model
         self.draw_mask = _DrawMask(model)
 
-    def begin(self) -> None:
+    def begin(self, most: int) -> None:
         """Nothing."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -105,18 +111,17 @@ class Reconstruction:
         shown = self.model.trunk.shown(batch.mask, device=device)
         return batch.pixels.to(device, non_blocking=True), shown
 
-    def loss(self, network: nn.Module, inputs: Any) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Any) -> dict[str, Tensor]:
         """The model's own."""
         x, shown = inputs
-        loss: Tensor = network(x, mask=shown)["loss"]
-        return loss
+        return {"loss": network(x, mask=shown)["loss"]}
 
     def nothing(self, count: int = 1) -> Batch:
         """Black samples under any mask."""
         masks = self.model.draw_masks(count, generator(0))
         return black(count, self.model.trunk.size)._replace(mask=masks)
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         """Nothing."""
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
@@ -125,6 +130,55 @@ class Reconstruction:
 
     def take_up(self, kept: dict[str, Any]) -> None:
         """Nothing."""
+
+
+WATCHED = ("loss", "reconstruction", "contrast", "agreement", "spread")
+"""What is told of a contrastive masked autoencoder; see its `forward`."""
+
+
+class Contrast(Reconstruction):
+    """Masked pretraining against a momentum target: of each sample there are two views.
+
+    As processes give each other their keys, each brings equally many rows to a step: where some of its samples could
+    not be loaded, black ones that count for nothing fill up.
+    """
+
+    model: ContrastiveMaskedAutoencoder
+
+    def __init__(self, model: ContrastiveMaskedAutoencoder) -> None:
+        super().__init__(model)
+        self.rows = 0
+
+    def begin(self, most: int) -> None:
+        """A world of one needs no filling up."""
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
+        self.rows = 0 if alone else most
+
+    def inputs(self, batch: Batch, device: torch.device, random: torch.Generator) -> Any:
+        """Both views, what the mask shows, and which rows count; None in a world of one, where all do."""
+        missing = self.rows - len(batch.pixels)
+        if missing > 0:
+            batch = _together(batch, self.nothing(missing))
+        assert batch.second is not None
+        x, shown = super().inputs(batch, device, random)
+        valid = (batch.indices >= 0).to(device, non_blocking=True) if self.rows else None
+        return x, shown, batch.second.to(device, non_blocking=True), valid
+
+    def losses(self, network: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        """The model's own, both of them, and what tells of a collapse."""
+        x, shown, second, valid = inputs
+        out = network(x, mask=shown, second=second, valid=valid)
+        return {name: out[name] for name in WATCHED}
+
+    def nothing(self, count: int = 1) -> Batch:
+        """Black samples under any mask, in two views."""
+        batch = super().nothing(count)
+        return batch._replace(second=batch.pixels)
+
+    def after_step(self, progress: float) -> None:
+        """Let the target follow."""
+        hold_own_parts(self.model)
+        self.model.update_target(self.model.momentum(progress))
 
 
 class Classification:
@@ -156,7 +210,7 @@ class Classification:
         self.decay = average
         self.average: Average | None = None
 
-    def begin(self) -> None:
+    def begin(self, most: int) -> None:
         """Average the weights from here on; they are where they are trained."""
         if self.decay is not None:
             self.average = Average(self.model, self.decay)
@@ -182,17 +236,17 @@ class Classification:
             return self.mixing(x, labels, self.classes, random)
         return x, soft_targets(labels, self.classes, smoothing=0.0)
 
-    def loss(self, network: nn.Module, inputs: Any) -> Tensor:
+    def losses(self, network: nn.Module, inputs: Any) -> dict[str, Tensor]:
         """The cross entropy of logits and soft labels, mean over samples."""
         x, targets = inputs
         logits = network(x)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        return {"loss": F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)}
 
     def nothing(self, count: int = 1) -> Batch:
         """Black samples of the first class."""
         return black(count, self.model.trunk.size)
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         """Take the new weights into the average."""
         if self.average is not None:
             self.average.update()
@@ -207,10 +261,26 @@ class Classification:
             self.average.take_up(kept.get("average", {}))
 
 
+def _together(batch: Batch, more: Batch) -> Batch:
+    """The rows of both batches, which have masks and second views."""
+
+    def joined(*parts: Tensor | None) -> Tensor:
+        return torch.cat([part for part in parts if part is not None])
+
+    return Batch(
+        pixels=joined(batch.pixels, more.pixels),
+        labels=joined(batch.labels, more.labels),
+        mask=joined(batch.mask, more.mask),
+        skipped=batch.skipped,
+        indices=joined(batch.indices, more.indices),
+        second=joined(batch.second, more.second),
+    )
+
+
 def black(count: int, size: tuple[int, ...]) -> Batch:
-    """So many black samples of `size` pixels, of class 0, without masks."""
+    """So many black samples of `size` pixels, of class 0, without masks; none of the data's, so of index -1."""
     none = torch.zeros(count, dtype=torch.long)
-    return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), none, None, [], none)
+    return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), none, None, [], none - 1)
 
 
 class _DrawMask:

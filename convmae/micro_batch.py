@@ -18,6 +18,7 @@ from torch import nn
 
 from . import command
 from .builders import MAE
+from .cmae import CMAE
 from .data import generator
 from .launch import find_recipe
 from .nn.layers import recompute
@@ -286,10 +287,12 @@ class _Options:
         return run if self.at_most is None else replace(run, batch_size=self.at_most)
 
 
-def sized(model: MAE, size: Literal["small", "base", "large", "huge"]) -> MAE:
+def sized(model: MAE | CMAE, size: Literal["small", "base", "large", "huge"]) -> MAE | CMAE:
     """A builder with the trunk and decoder of its class's preset of this size; all else stays."""
-    preset = getattr(type(model), size)()
-    return replace(model, trunk=preset.trunk, decoder=preset.decoder)
+    plain = model.mae if isinstance(model, CMAE) else model
+    preset = getattr(type(plain), size)()
+    plain = replace(plain, trunk=preset.trunk, decoder=preset.decoder)
+    return replace(model, mae=plain) if isinstance(model, CMAE) else plain
 
 
 def _say(trial: Trial) -> None:

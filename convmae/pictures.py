@@ -120,6 +120,30 @@ def curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def watched(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> Path:
+    """Draw what else a run tells of its steps, each in a panel of its own, over steps, on a transparent ground.
+
+    Args:
+        metrics: in the order logged, with "step" and the names; see `series`.
+        names: of what is drawn, one or more.
+        path: where to write; its suffix names the format (png, svg, pdf).
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(9, 2.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    for number, (panel, name) in enumerate(zip(panels, names, strict=False)):
+        steps, values = series(metrics, name)
+        thin, colour = slice(None, None, -(-len(steps) // 2000) or 1), _LINES[number % len(_LINES)]
+        panel.plot(steps[thin], values[thin], color=colour, alpha=0.3, linewidth=0.8)
+        panel.plot(steps[thin], smoothed(values)[thin], color=colour, linewidth=1.8)
+        _dress(panel, f"{name} {smoothed(values)[-1]:.4g}" if len(values) else name)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    return _save(figure, path)
+
+
 def scores(told: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw the parts that were right, as top-1, over epochs, on a transparent ground, in percent.
 

@@ -470,6 +470,7 @@ class Options:
         per_class: so many training samples of each class. (default: all)
         neighbours: of knn.
         size: side of the input in pixels. (default: the model's)
+        encoder: of a CMAE: online or target.
         batch_size: samples at a time.
         workers: loader processes. (default: one a CPU)
         device: auto, cpu, cuda.
@@ -483,6 +484,7 @@ class Options:
     per_class: int | None = None
     neighbours: int = 20
     size: int | None = None
+    encoder: weights.Encoder = "online"
     batch_size: int = 32
     workers: int | None = None
     device: str = "auto"
@@ -491,7 +493,7 @@ class Options:
 
 def carry_out(options: Options, train: Source, test: Source, *, axes: int, other: str) -> int:
     """Probe the model of the options on these sources, and print what it gave."""
-    model = weights.load_taking(axes, options.model, options.size, other=other)
+    model = weights.load_taking(axes, options.model, options.size, other=other, encoder=options.encoder)
     if options.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:

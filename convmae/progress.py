@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Window:
         seconds: of the steps.
         data_seconds: of them, waiting for data.
         skipped: name, reason and step of samples that could not be loaded.
+        watched: by name what else the learner tells, summed over the samples that were learnt from.
         closed: whether it ends here, and the next step begins another.
     """
 
@@ -38,6 +39,7 @@ class Window:
     seconds: float = 0.0
     data_seconds: float = 0.0
     skipped: list[tuple[str, str, int]] = field(default_factory=list)
+    watched: dict[str, float] = field(default_factory=dict)
     closed: bool = False
 
 
@@ -122,6 +124,7 @@ class Step:
         stopping: whether this is the last step before the run stops early, asked by a signal.
         back_to: the step that the run goes back to after this one, the last of too many bad ones.
         events: what else happened.
+        watched: by name what else the learner tells, means over the step's usable samples.
     """
 
     number: int
@@ -138,6 +141,7 @@ class Step:
     stopping: bool = False
     back_to: int | None = None
     events: tuple[Event, ...] = ()
+    watched: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def epoch(self) -> float:

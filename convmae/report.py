@@ -22,8 +22,15 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from . import pictures
 from .files import lines, write_whole
 from .pictures import curve, scores, series, smoothed
+
+ALWAYS = (
+    *("step", "steps", "since", "epoch", "samples", "seconds", "time", "loss", "learning_rate", "gradient_norm"),
+    *("bad_steps", "samples_per_second", "data_wait", "skipped"),
+)
+"""What every run tells of its steps."""
 
 _EARLIER, _THUMBNAIL, _ROWS = 12, 720, 100
 
@@ -50,6 +57,7 @@ def write(folder: Path) -> Path:
         status=_status(last),
         figures=_figures(metrics, skipped, of="clips" if len(latest.get("images", [])) > 1 else "samples"),
         curve=_curve(metrics) if metrics else None,
+        watched=_watched(metrics),
         scores=_scores(list(lines(folder / "scores.jsonl"))),
         latest=latest,
         earlier=earlier,
@@ -120,6 +128,16 @@ def _duration(seconds: float) -> str:
 def _curve(metrics: Sequence[Mapping[str, Any]]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         return _embedded("image/svg+xml", curve(metrics, Path(folder) / "curve.svg").read_bytes())
+
+
+def _watched(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Curves of what this kind of run tells beside what all do; empty where it is nothing."""
+    names = [name for name in (metrics[-1] if metrics else ()) if name not in ALWAYS]
+    if not names:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = pictures.watched(metrics, names, Path(folder) / "watched.svg").read_bytes()
+    return {"names": ", ".join(names), "curve": _embedded("image/svg+xml", drawn)}
 
 
 def _scores(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

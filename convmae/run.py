@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 
 from .builders import MAE
+from .cmae import CMAE
 from .data import Samples, Source, StartMethod
 from .distributed import World
-from .learners import Examination, Learner, Reconstruction
+from .learners import Contrast, Examination, Learner, Reconstruction
 from .optimisation import learning_rate
 from .plain import from_plain, to_plain
 from .probe import Probe, Probing
@@ -154,7 +155,7 @@ class Run(Task):
         ValueError: a number is out of its range.
     """
 
-    model: MAE
+    model: MAE | CMAE
     data: Source
     epochs: float
     batch_size: int
@@ -262,7 +263,7 @@ class Pretrain(Run):
     """A pretraining run: a masked autoencoder learns to fill in what is hidden.
 
     Args:
-        model: the builder of the masked autoencoder.
+        model: the builder of the masked autoencoder, contrastive (CMAE) or not.
         pictures: how many times during the run reconstructions are drawn.
         probe: what the frozen features are probed on meanwhile; None: they are not.
 
@@ -277,7 +278,17 @@ class Pretrain(Run):
         return [*super().demands(), ("pictures", "0 or more", self.pictures >= 0)]
 
     def learner(self, samples: Samples) -> Learner:
-        """The masked autoencoder, as its builder initialises it."""
+        """The masked autoencoder, as its builder initialises it.
+
+        Raises ValueError where a contrastive one is given single views.
+        """
+        if isinstance(self.model, CMAE):
+            if getattr(samples, "views", 1) != 2:
+                raise ValueError(
+                    f"CMAE compares two views of each sample, {type(self.data).__name__} gives one: "
+                    "data=TwoViews(source=...), of convmae.views"
+                )
+            return Contrast(self.model.build())
         return Reconstruction(self.model.build())
 
     def examination(self, learner: Learner, world: World, beat: Callable[[], None]) -> Examination | None:

@@ -130,7 +130,7 @@ class Session:
         self.network = world.share(model, sharded=run.parallel == "fsdp")
         if run.compile:
             compile_step(self.network, model)
-        learner.begin()
+        learner.begin(self.stream.most)
         groups = learner.parameter_groups(run.weight_decay)
         self.scales = [group.pop("scale") for group in groups]
         self.optimiser = adamw(groups, betas=run.betas)
@@ -190,10 +190,12 @@ class Session:
             nothing = self.learner.nothing(len(self.stream.share(0)[0]) * repeats(self.stream.samples) or 1)
             inputs = self.learner.inputs(nothing, self.world.device, generator(0))
             self.model.train()
+            buffers = _Buffers(self.model)
             with self.autocast:
-                loss = self.learner.loss(self.network, inputs)
+                loss = self.learner.losses(self.network, inputs)["loss"]
             torch.autograd.backward(loss)
             self.optimiser.zero_grad(set_to_none=True)
+            buffers.bring_back()
 
     def _along(self, stream: Stream) -> Iterator[Step]:
         """Steps along one order of the data: to the end, to a request to stop, or to where the run goes back."""
@@ -261,6 +263,7 @@ class Session:
             stopping=stopping,
             back_to=back_to,
             events=(*events, *self.keeper.told()),
+            watched=done.watched,
         )
 
     def _is_due(self, step: int) -> bool:
@@ -275,23 +278,28 @@ class Session:
         """
         run, world = self.run, self.world
         self.model.train()  # whatever a hook did in between
+        buffers = _Buffers(self.model)
         torch.manual_seed(generator(run.seed, 5, number, world.rank).initial_seed())  # drop path, what else is drawn
         sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         losses = []
+        watched: dict[str, Tensor] = {}
         for at, batch in enumerate(batches):
             count = len(batch.pixels)
             random = generator(run.seed, 6, number, world.rank, at)
             inputs = self.learner.inputs(batch if count else self.learner.nothing(), world.device, random)
             with synchronised(self.network, at == len(batches) - 1):
                 with self.autocast:
-                    loss = self.learner.loss(self.network, inputs)
+                    told = self.learner.losses(self.network, inputs)
+                loss = told.pop("loss")
                 torch.autograd.backward(loss * count)
             losses.append(loss.detach())
             sums[0] += losses[-1].double() * count
             sums[1] += count
+            for name, value in told.items():
+                watched[name] = watched.get(name, 0) + value.detach().double() * count
         # one clock, the first process's, decides for all; any process may be the one that is asked to stop
         sums[2], sums[3] = float(self.stop.is_set()), float(world.first and self.keeper.is_due())
-        world.sum(sums)
+        sums = world.sum(torch.cat([sums, *(value.reshape(1) for value in watched.values())]))
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         scale = (world.size / sums[1].clamp(min=1)).float()
         norm = nn.utils.get_total_norm(gradients)
@@ -299,13 +307,16 @@ class Session:
         if run.clip_gradient:
             scale = scale * (run.clip_gradient / (norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, scale)
-        total, samples, stopping, due, norm = torch.cat([sums, norm.double().reshape(1)]).tolist()
-        done = _Done(total / samples if samples else math.nan, norm, int(samples), stopping > 0, due > 0, losses)
+        norm, total, samples, stopping, due, *others = torch.cat([norm.double().reshape(1), sums]).tolist()
+        means = {name: other / samples for name, other in zip(watched, others, strict=True)} if samples else {}
+        done = _Done(total / samples if samples else math.nan, norm, int(samples), stopping > 0, due > 0, losses, means)
         if samples and not done.bad:
             for group, part in zip(self.optimiser.param_groups, self.scales, strict=True):
                 group["lr"] = rate * part
             self.optimiser.step()
-            self.learner.after_step()
+            self.learner.after_step(number / self.start.total)
+        else:
+            buffers.bring_back()
         self.optimiser.zero_grad(set_to_none=True)
         return done
 
@@ -326,6 +337,8 @@ class Session:
             window.loss += done.loss * done.samples
             window.samples += done.samples
             window.gradient_norm = max(window.gradient_norm, done.norm)
+            for name, mean in done.watched.items():
+                window.watched[name] = window.watched.get(name, 0.0) + mean * done.samples
         window.seconds += seconds
         window.data_seconds += waited
         window.skipped += [(problem.name, problem.reason, progress.step) for problem in skipped]
@@ -364,6 +377,18 @@ class Session:
         return kept.step
 
 
+class _Buffers:
+    """What a forward pass changes in a model, as running statistics: to be brought back where it is not to count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def bring_back(self) -> None:
+        """To what it was."""
+        for buffer, before in self.before:
+            buffer.copy_(before)
+
+
 class StopRequested(Exception):
     """A process was asked to stop while it did something between two steps."""
 
@@ -377,6 +402,7 @@ class _Done(NamedTuple):
     stopping: bool
     due: bool
     losses: list[Tensor]
+    watched: dict[str, float]
 
     @property
     def bad(self) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from . import checkpoint, foreign, official
 from .nn.classifier import Pooling
+from .nn.contrast import ContrastiveMaskedAutoencoder
 from .run_folder import LAST, kept_in
 
 _log = logging.getLogger(__name__)
+
+Encoder = Literal["online", "target"]
+"""Which encoder of a contrastive masked autoencoder is meant."""
 
 SAFETENSORS = "model.safetensors"
 """What `hub.save_pretrained` calls its file of weights."""
@@ -29,6 +33,7 @@ def load(
     *,
     size: int | Sequence[int] | None = None,
     average: bool = False,
+    encoder: Encoder = "online",
     heads: int | None = None,
     decoder_heads: int | None = None,
     pooling: Pooling | None = None,
@@ -42,13 +47,34 @@ def load(
             dict of the authors' ConvMAE or of a plain ViT.
         size: build for this input size instead; positions are resized.
         average: take the averaged weights that a finetuning run has kept.
+        encoder: of a contrastive masked autoencoder (CMAE) "target" puts the target's trunk, and its fusion, in the
+            place of the online ones.
         heads, decoder_heads, pooling: of other people's weights, where they do not tell: see `official.load` and
             `foreign.load`.
 
     Raises:
-        ValueError: it is none of these, is damaged, does not match, or has no averaged weights.
+        ValueError: it is none of these, is damaged, does not match, or has no averaged weights, or no such encoder.
         FileNotFoundError: there is no such file, or the folder has no checkpoint.
     """
+    if encoder not in ("online", "target"):
+        raise ValueError(f'encoder is "online" or "target"; got {encoder!r}')
+    model = _load(source, size, average, heads, decoder_heads, pooling)
+    if encoder == "target":
+        if not isinstance(model, ContrastiveMaskedAutoencoder):
+            raise ValueError(f"{source} holds a {type(model).__name__}, which has no target encoder: CMAE has")
+        model.trunk.load_state_dict(model.target_encoder.trunk.state_dict())
+        model.fusion.load_state_dict(model.target_encoder.fusion.state_dict())
+    return model
+
+
+def _load(
+    source: str | Path | Mapping[str, Tensor],
+    size: int | Sequence[int] | None,
+    average: bool,
+    heads: int | None,
+    decoder_heads: int | None,
+    pooling: Pooling | None,
+) -> Any:
     if isinstance(source, Mapping):
         return _others(source, "the state dict", size, heads, decoder_heads, pooling)
     path = Path(source)
@@ -114,17 +140,17 @@ def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} cannot be read as safetensors: {problem}") from problem
 
 
-def load_taking(axes: int, source: Path, side: int | None = None, *, other: str) -> Any:
+def load_taking(axes: int, source: Path, side: int | None = None, *, other: str, encoder: Encoder = "online") -> Any:
     """As `load`, for a command that is for inputs of so many axes, at another height and width if given.
 
     Raises ValueError where there is none, or where its inputs have other axes: they are the `other` command's.
     """
     try:
-        model = load(source)
+        model = load(source, encoder=encoder)
         size = model.get_submodule("trunk").size
         if len(size) != axes:
             raise ValueError(f"the model of {source} takes inputs of {size}: use `python -m {other}`")
         wanted = size if side is None else (*size[:-2], side, side)
-        return model if wanted == size else load(source, size=wanted)
+        return model if wanted == size else load(source, size=wanted, encoder=encoder)
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing

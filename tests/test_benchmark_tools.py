@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import TinyRun
 
-from convmae import micro_batch
+from convmae import ConvMAE, micro_batch
 from convmae.micro_batch import Rehearsal, Trial, predicted, search
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -112,7 +112,8 @@ def test_options_change_the_recipe(tmp_path: Path) -> None:
         recipe="", size="large", input=(192,), recompute=True, at_most=64, precision="float32"
     )
     run = options.changed(imagenet_pretrain())
-    large = type(run.model).large()
+    assert isinstance(run.model, ConvMAE)
+    large = ConvMAE.large()
     assert (run.model.trunk, run.model.size, run.model.masking) == (large.trunk, (192, 192), large.masking)
     assert (run.recompute, run.compile, run.batch_size, run.precision) == (True, False, 64, "float32")
 

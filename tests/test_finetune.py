@@ -100,7 +100,8 @@ def test_without_mixing_the_loss_is_the_cross_entropy_of_normalised_pixels() -> 
     given = batch(5)
     x, targets = learner.inputs(given, torch.device("cpu"), generator(1))
     assert torch.equal(x, normalize(given.pixels))
-    assert learner.loss(model, (x, targets)).item() == pytest.approx(F.cross_entropy(model(x), given.labels).item())
+    loss = learner.losses(model, (x, targets))["loss"]
+    assert loss.item() == pytest.approx(F.cross_entropy(model(x), given.labels).item())
     assert torch.equal(model(given.pixels), model(x)), "a classifier takes pixels, too"
 
 
@@ -133,7 +134,7 @@ def test_loss_and_gradients_of_finetuning_are_the_authors() -> None:
     assert isinstance(model, ClassifierModule)
     learner = Classification(model.double())
     targets = F.one_hot(content["in.labels"].long(), 10).double()
-    loss = learner.loss(model, (content["in.imgs"].double(), targets))
+    loss = learner.losses(model, (content["in.imgs"].double(), targets))["loss"]
     assert loss.item() == pytest.approx(content["out.gp1.loss"].item(), rel=1e-6)
     torch.autograd.backward(loss)
     theirs = under(content, "grad_gp1.")

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from convmae import checkpoint, command, weights
+from convmae import CMAE, checkpoint, command, weights
 from convmae.builders import MAE, Backbone, Classifier
 from convmae.nn.positions import sincos
 from video.builders import TEMPORAL_KERNEL, VideoConvMAE
@@ -99,10 +99,12 @@ def inflate(
     return model.eval()
 
 
-def _inflated(builder: Any, **numbers: int) -> VideoConvMAE | Classifier | Backbone:
+def _inflated(builder: Any, **numbers: int) -> VideoConvMAE | CMAE | Classifier | Backbone:
     """The builder on clips. Raises ValueError where there is none on images."""
     if isinstance(builder, MAE):
         return VideoConvMAE.inflate(builder, **numbers)
+    if isinstance(builder, CMAE):
+        return replace(builder, mae=VideoConvMAE.inflate(builder.mae, **numbers))
     if isinstance(builder, Classifier | Backbone):
         return replace(builder, backbone=VideoConvMAE.inflate(builder.backbone, **numbers))
     kind = "no builder" if builder is None else type(builder).__name__

@@ -27,13 +27,13 @@ class BatchNorm(nn.BatchNorm1d):
     Buffers are kept as torch's SyncBatchNorm keeps them, which knows GPUs alone, and no rows that count for nothing.
     """
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """`x (B, D) -> (B, D)`, float32 or better; valid boolean `(B)`: the rows that count, None: all of them.
 
         All processes call it in training, with any number of rows.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if not self.training or (valid is None and _processes() == 1):
+        if not self.training or (valid is None and _processes() == 1 and len(x) > 1):
             return super().forward(x)
         weight = x.new_ones(len(x), 1) if valid is None else valid.to(x.dtype)[:, None]
         count = summed(weight.sum()).clamp(min=1)
@@ -45,8 +45,10 @@ class BatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
@@ -60,7 +62,7 @@ class Head(nn.Sequential):
             nn.Linear(width, hidden), BatchNorm(hidden, eps=HEAD_EPS), nn.ReLU(), nn.Linear(hidden, dim, bias=False)
         )
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """`x (B, D) -> (B, dim)`; valid: see `BatchNorm`."""
         into, norm, activation, out = self
         x = out(activation(norm(into(x), valid)))
@@ -82,9 +84,11 @@ class TargetEncoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Keys `(B, dim)` of the mean over all tokens but the class token; `x (B, C, *size)`, valid: see `BatchNorm`."""
+        """Keys `(B, dim)`, of the mean over all tokens but the class token.
+
+        `x (B, C, *size)` normalised; valid: see `BatchNorm`.
+        """
         maps, _ = self.trunk(x)
-        shown = Shown(self.trunk.grid)
         latent = maps[-1]
         for convolution, finer in zip(self.fusion, maps, strict=False):
             latent = latent + convolution(finer)
@@ -95,9 +99,10 @@ class TargetEncoder(nn.Module):
 class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
     """CMAE (Huang et al., 2022; arXiv 2207.13532) over any masked autoencoder: its parts keep their names.
 
-    The online encoder sees what is shown; beside the pixel decoder, a feature decoder fills in features. Their mean over
-    all tokens, through projector and predictor, is to tell the target encoder's mean of the same sample, seen whole and
-    in another view, from those of all other samples, of all processes. `update_target` is to follow every optimiser step.
+    The online encoder sees what is shown; beside the pixel decoder, a feature decoder fills in features. Their mean
+    over all tokens, through projector and predictor, is to tell the target encoder's mean of the same sample, seen
+    whole and in another view, from those of all other samples, of all processes. `update_target` is to follow every
+    optimiser step.
 
     Args:
         plain: the masked autoencoder, whose parts are taken over.
@@ -146,7 +151,8 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
     ) -> dict[str, Tensor]:
         """Hide, encode, decode twice, compare with the pixels and with the target.
 
-        All processes call it, with equally many samples each, for they give each other their keys.
+        In training all processes call it, with equally many samples each, for they give each other their keys; in
+        evaluation each is by itself.
 
         Args:
             x: the online view `(B, C, *size)`, ImageNet-normalised floats, or uint8 pixels.
@@ -174,7 +180,7 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
         queries = self.predictor(self.projector(features.mean(1), valid), valid)
         with torch.no_grad():
             keys = self.target_encoder(second, valid)
-        told = contrastive_loss(queries, keys, self.temperature, valid)
+        told = contrastive_loss(queries, keys, self.temperature, valid, alone=not self.training)
         weigh_pixels, weigh_contrast = self.weights
         return {
             "loss": weigh_pixels * reconstruction + weigh_contrast * told["contrast"],
@@ -206,7 +212,7 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
 
 
 def contrastive_loss(
-    queries: Tensor, keys: Tensor, temperature: float, valid: Tensor | None = None
+    queries: Tensor, keys: Tensor, temperature: float, valid: Tensor | None = None, *, alone: bool = False
 ) -> dict[str, Tensor]:
     """InfoNCE of queries against the keys of all processes, and what tells a collapse; in float32 or better.
 
@@ -218,18 +224,19 @@ def contrastive_loss(
         keys: of the same samples, `(B, D)`; all processes have equally many.
         temperature: positive.
         valid: boolean `(B)`, the samples that count, as queries and as keys; None: all.
+        alone: compare with this process's keys only.
 
     Returns:
-        `contrast`, the loss; `agreement`, the mean cosine of queries and their keys; `spread`, the deviation of the keys
+        `contrast`, the loss; `agreement`, the mean cosine of queries and their keys; `spread`, the keys' deviation
         along an axis, mean over axes, times sqrt(D): scalars. The first two are of this process's samples.
     """
     precision = torch.promote_types(queries.dtype, torch.float32)
     queries, keys = (F.normalize(each.to(precision), dim=1) for each in (queries, keys.detach()))
     counted = torch.ones(len(keys), dtype=torch.bool, device=keys.device) if valid is None else valid
-    everyones, theirs = gathered(keys), gathered(counted)
+    everyones, theirs = (keys, counted) if alone else (gathered(keys), gathered(counted))
     with torch.autocast(queries.device.type, enabled=False):
         logits = (queries @ everyones.T / temperature).masked_fill(~theirs, -math.inf)
-    rank = dist.get_rank() if _processes() > 1 else 0
+    rank = 0 if alone or _processes() == 1 else dist.get_rank()
     own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
     # a row that does not count has its own key's logit alone: it is there, so that no NaN comes of it
     logits = torch.where(counted[:, None], logits, 0.0)
@@ -253,23 +260,28 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-@torch.compiler.disable
-def _all_gather(x: Tensor) -> Tensor:
-    sent = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()  # gloo knows no truth values
-    parts = sent.new_empty(_processes() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, sent)
-    return parts.to(x.dtype)
-
-
 def gathered(x: Tensor) -> Tensor:
-    """The rows of all processes by rank, equally many of each, without gradient: `(B, ...) -> (processes * B, ...)`."""
+    """The rows of all processes by rank, equally many of each, `(processes * B, ...)`; without gradient."""
     if _processes() == 1:
         return x.detach()
-    return _all_gather(x.detach())
+    # by a sum, which every backend and the compiler know, of any kind of number but truth values
+    own = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach()
+    rows = own.new_zeros(_processes(), *own.shape)
+    rows[dist.get_rank()] = own
+    dist.all_reduce(rows)
+    return rows.flatten(0, 1).to(x.dtype)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over all processes, with the gradient of all their losses."""
+    if _processes() == 1:
+        return x
+    found: Tensor = _Sum.apply(x)
+    return found
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; as each has a loss of its own, gradients are summed as well."""
+    """As each process has a loss of its own, gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -278,18 +290,7 @@ class _Sum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous().clone()
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient
-
-
-@torch.compiler.disable
-def _all_sum(x: Tensor) -> Tensor:
-    found: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
-    return found
-
-
-def summed(x: Tensor) -> Tensor:
-    """The sum over all processes, with the gradient of all their losses."""
-    return x if _processes() == 1 else _all_sum(x)

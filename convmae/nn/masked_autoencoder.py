@@ -125,7 +125,7 @@ class MaskedAutoencoder(nn.Module):
         return {"loss": self.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
 
     def hide(self, x: Tensor, mask: Tensor | Shown | None) -> tuple[Tensor, Shown]:
-        """The input as the trunk takes it, normalised, and what is shown of it. Takes and raises what `forward` does."""
+        """The input normalised, and what is shown of it; takes and raises what `forward` does."""
         x = normalize(x) if x.dtype == torch.uint8 else x
         if mask is None:
             mask = self.draw_masks(len(x))
