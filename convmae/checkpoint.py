@@ -186,7 +186,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     problems += [f"unexpected: {name}" for name in weights if name not in own]
     for name in own.keys() & weights.keys():
         tensor, wanted = weights[name], own[name].shape
-        same_kind = tensor.ndim == len(wanted) and tensor.shape[-1] == wanted[-1]
+        same_kind = tensor.ndim == len(wanted) and tensor.shape[-1:] == wanted[-1:]
         if tensor.shape != wanted and name.endswith("positions") and same_kind:
             _log.info("%s resized from %s to %s", name, tuple(tensor.shape[:-1]), tuple(wanted[:-1]))
             tensor = resize(tensor, wanted[:-1])

@@ -58,18 +58,21 @@ class Packed(NamedTuple):
 class Sample(NamedTuple):
     """One loaded sample: pixels uint8 `(3, *size)` in RGB, and its class, or `UNLABELLED`.
 
-    Where a sample gives several clips at once, pixels are `(repeats, 3, *size)`.
+    Where a sample gives several clips at once, pixels are `(repeats, 3, *size)`. Of samples that give two views, second
+    is the other one, as the first in kind and shape (`convmae.views`).
     """
 
     pixels: Tensor
     label: int = UNLABELLED
+    second: Tensor | None = None
 
 
 class Samples(Protocol):
     """An opened source. It must pickle (loader workers get a copy) and hold no open file.
 
-    It may also have a number `repeats`, of clips that each of its samples gives, and a method `order(generator)` that
-    returns the order of an epoch, a permutation of all indices as an int64 tensor; else they are shuffled uniformly.
+    It may also have a number `repeats`, of clips that each of its samples gives; a number `views`, 2 where each comes
+    with a second view; and a method `order(generator)` that returns the order of an epoch, a permutation of all indices
+    as an int64 tensor, without which they are shuffled uniformly.
     """
 
     def __len__(self) -> int: ...
@@ -105,8 +108,8 @@ class Batch(NamedTuple):
     """What the loader gives: n usable samples, and those that were not.
 
     pixels uint8 `(n, 3, *size)`; labels `(n)`; mask, as it was drawn, `(n * groups, *grid)`, or None; skipped: the
-    errors of samples that could not be loaded; indices `(n)`, which of the samples each is. n can be 0: then pixels and
-    mask are empty in their first axis.
+    errors of samples that could not be loaded; indices `(n)`, which of the samples each is; second, the other view of
+    each, as pixels, or None. n can be 0: then what is there is empty in its first axis.
     """
 
     pixels: Tensor
@@ -114,6 +117,7 @@ class Batch(NamedTuple):
     mask: Tensor | None
     skipped: list[UnusableFileError]
     indices: Tensor
+    second: Tensor | None = None
 
 
 def generator(*key: int) -> torch.Generator:
@@ -125,6 +129,11 @@ def generator(*key: int) -> torch.Generator:
 def repeats(samples: Samples) -> int:
     """How many clips each of the samples gives."""
     return int(getattr(samples, "repeats", 1))
+
+
+def views(samples: Samples) -> int:
+    """How many views each sample comes in, 1 or 2."""
+    return int(getattr(samples, "views", 1))
 
 
 def usable_cpus() -> int:
@@ -439,6 +448,8 @@ class _Collate:
         usable = [item for item in loaded if not isinstance(item, UnusableFileError)]
         shape, count = (-1, 3, *self.stream.size), repeats(self.stream.samples)
         masks = [one.mask for one in usable if one.mask is not None]
+        others = [one.sample.second for one in usable if one.sample.second is not None]
+        second = torch.stack(others).reshape(shape) if others else None
         if usable:
             pixels = torch.stack([one.sample.pixels for one in usable]).reshape(shape)
             mask = torch.cat(masks) if masks else None
@@ -446,9 +457,10 @@ class _Collate:
             pixels = torch.empty(0, *shape[1:], dtype=torch.uint8)
             drawn = None if self.stream.draw_mask is None else self.stream.draw_mask(generator(0))
             mask = None if drawn is None else drawn[:0]
+            second = pixels if views(self.stream.samples) == 2 else None
         labels = torch.tensor([one.sample.label for one in usable], dtype=torch.long).repeat_interleave(count)
         indices = torch.tensor([one.which for one in usable], dtype=torch.long).repeat_interleave(count)
-        return Batch(pixels, labels, mask, skipped, indices)
+        return Batch(pixels, labels, mask, skipped, indices, second)
 
 
 def _as_a_worker(worker: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def load(
 
     The second release (ConvMAE v2) carries a class token, `cls_token`, and the model gets one. Whether its position
     tables have a row for that token is not published, so both forms are read, told apart by the number of rows; the
-    row is the first one, as in MAE's tables. Our class token has no position: the encoder's row is added to the token,
-    which is the same function, and the decoder's must be zero, as MAE's fixed tables have it.
+    row is the first one, as in MAE's tables. Our class token has no position; the models are the same functions all
+    the same, see `without_encoder_row` and `without_decoder_row`.
 
     Args:
         source: a file, or a state dict; `model`, `state_dict` or `module` inside it are found, and the prefixes
@@ -51,22 +51,21 @@ def load(
         pooling: of a classifier, "mean" (`fc_norm` in the file) or "token" (`norm`); needed only where both are there.
 
     Raises:
-        ValueError: the names are not ConvMAE's, a tensor is missing or does not fit, the heads cannot be told, or the
-            class token has a position in the decoder that is not zero.
+        ValueError: the names are not ConvMAE's, a tensor is missing or does not fit, or the heads cannot be told.
         FileNotFoundError: there is no such file.
     """
-    state = state_of(_read(source))
+    state = state_of(read(source))
     if "patch_embed1.proj.weight" not in state:
         raise ValueError(
             "not a ConvMAE checkpoint: it has no patch_embed1.proj.weight; it begins with " + ", ".join(list(state)[:5])
         )
     try:
         backbone = _infer(state, heads=heads, decoder_heads=decoder_heads)
+        grid = backbone.grid
+        if backbone.class_token:
+            state = without_decoder_row(without_encoder_row(state, math.prod(grid)), math.prod(grid))
     except KeyError as missing:
         raise ValueError(f"a poor match: the file lacks {missing.args[0]}") from missing
-    grid = backbone.grid
-    if backbone.class_token:
-        state = _without_class_rows(state, math.prod(grid))
     if size is not None:
         backbone = backbone.input(size)
     builder: ConvMAE | Classifier = backbone
@@ -76,7 +75,8 @@ def load(
         state = {name: tensor for name, tensor in state.items() if name.split(".")[0] != _other_norm(pooling)}
     with torch.random.fork_rng(devices=[]):
         model = builder.build()
-    _fill(model, state, stages=len(backbone.trunk), grid=grid)
+    # the first release left mask tokens out
+    fill(model, state, _names(len(backbone.trunk)), grid=grid, optional={"decoder.mask_token"})
     return model.eval()
 
 
@@ -84,7 +84,13 @@ def _other_norm(pooling: str) -> str:
     return "norm" if pooling == "mean" else "fc_norm"
 
 
-def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Any]:
+def read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """What a file holds, which must be a mapping, or the mapping given.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+        FileNotFoundError: there is no such file.
+    """
     if isinstance(source, Mapping):
         return source
     if not Path(source).is_file():
@@ -129,7 +135,7 @@ def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int
             raise ValueError(f"no shape tells the heads of a stage {dim} wide: give heads=...")
         trunk.append(AttentionStage(dim=dim, depth=depth, stride=stride, heads=own_heads, mlp_ratio=mlp_ratio))
     builder = ConvMAE().stages(*trunk).with_class_token("cls_token" in state)
-    side = _side(state["pos_embed"].shape[1], class_token=builder.class_token)
+    side = side_of(state["pos_embed"].shape[1], class_token=builder.class_token)
     builder = builder.input(tuple(side * stride for stride in builder.stride)).fuse(
         "stage1_output_decode.weight" in state
     )
@@ -144,8 +150,11 @@ def _infer(state: Mapping[str, Tensor], *, heads: int | None, decoder_heads: int
     return builder
 
 
-def _side(rows: int, *, class_token: bool) -> int:
-    """The side of the square grid of a position table of so many rows, one of which may be the class token's."""
+def side_of(rows: int, *, class_token: bool) -> int:
+    """The side of the square grid of a position table of so many rows, one of which may be the class token's.
+
+    Raises ValueError where there is no such grid.
+    """
     for length in (rows, rows - 1) if class_token else (rows,):
         side = math.isqrt(length)
         if side * side == length:
@@ -154,26 +163,45 @@ def _side(rows: int, *, class_token: bool) -> int:
     raise ValueError(f"pos_embed has {rows} positions, not a square grid{with_row}")
 
 
-def _without_class_rows(state: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Position tables of `length` rows alone: the encoder's row of the class token is added to that token."""
-    state = dict(state)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        table = state.get(name)
-        if table is None or table.shape[1] != length + 1:
-            continue
-        row, state[name] = table[:, :1], table[:, 1:]
-        if name == "pos_embed":
-            if state["cls_token"].shape != row.shape:
-                raise ValueError(
-                    f"cls_token is {tuple(state['cls_token'].shape)}, its row of {name} {tuple(row.shape)}"
-                )
-            state["cls_token"] = state["cls_token"].float() + row.float()  # a sum of halves is not rounded to a half
-        elif row.any():
-            raise ValueError(
-                f"{name} gives the class token a position that is not zero, which our decoder has no place for: leave "
-                "the decoder_... tensors out to load the encoder"
-            )
-    return state
+def without_encoder_row(state: Mapping[str, Tensor], length: int, prefix: str = "") -> dict[str, Tensor]:
+    """An encoder's position table of `length` rows alone: the class token's row is added to that token.
+
+    The names `pos_embed` and `cls_token` have the prefix. Raises ValueError where token and row differ in width, and
+    KeyError for what is not there.
+    """
+    token, table = state[f"{prefix}cls_token"], state[f"{prefix}pos_embed"]
+    if table.shape[1] != length + 1:
+        return dict(state)
+    row = table[:, :1]
+    if token.shape != row.shape:
+        raise ValueError(f"{prefix}cls_token is {tuple(token.shape)}, its row of {prefix}pos_embed {tuple(row.shape)}")
+    # in float64, so that a sum of halves is not rounded to a half
+    return {**state, f"{prefix}pos_embed": table[:, 1:], f"{prefix}cls_token": token.double() + row.double()}
+
+
+def without_decoder_row(state: Mapping[str, Tensor], length: int, prefix: str = "") -> dict[str, Tensor]:
+    """A decoder's position table of `length` rows alone, where it has one; the same function.
+
+    The class token's row, where it is not zero, is added to the bias of the embedding, and so given to the class token
+    and to all shown ones. It is taken from all positions, which gives the shown ones back what they had, and added to
+    the mask token for the hidden ones.
+
+    The names `decoder_pos_embed`, `decoder_embed.bias` and `mask_token` have the prefix. Raises KeyError for what is
+    not there.
+    """
+    table = state.get(f"{prefix}decoder_pos_embed")
+    if table is None or table.shape[1] != length + 1:
+        return dict(state)
+    row, rest = table[:, :1], table[:, 1:]
+    moved = {f"{prefix}decoder_pos_embed": rest}
+    if row.any():
+        row = row.double()
+        moved = {
+            f"{prefix}decoder_pos_embed": rest.double() - row,
+            f"{prefix}decoder_embed.bias": state[f"{prefix}decoder_embed.bias"].double() + row.flatten(),
+            f"{prefix}mask_token": state[f"{prefix}mask_token"].double() + row,
+        }
+    return {**state, **moved}
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
@@ -183,9 +211,11 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return count
 
 
-def _names(stages: int) -> list[tuple[str, str | Callable[[re.Match[str]], str]]]:
-    """The authors' names to ours, as substitutions tried in order."""
+Names = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""The authors' names to ours, as substitutions tried in order."""
 
+
+def _names(stages: int) -> Names:
     def stage(match: re.Match[str]) -> str:
         return f"trunk.stages.{int(match[1]) - 1}."
 
@@ -215,13 +245,28 @@ def _names(stages: int) -> list[tuple[str, str | Callable[[re.Match[str]], str]]
     ]
 
 
-def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tensor], *, stages: int, grid: Grid) -> None:
+def fill(
+    model: MaskedAutoencoder | ClassifierModule,
+    state: Mapping[str, Tensor],
+    names: Names,
+    *,
+    grid: Grid,
+    optional: Collection[str] = (),
+) -> None:
+    """Load the authors' weights into a model, and print what was used, missing and unexpected.
+
+    A decoder may be missing as a whole, and whatever is optional, by our names; they stay as initialised. Positions in
+    the file are for this grid, and resized for the model's.
+
+    Raises:
+        ValueError: anything else is missing, or does not fit.
+    """
     own = model.state_dict()
     renamed: dict[str, Tensor] = {}
     unexpected: list[str] = []
     for official, tensor in state.items():
         name = official
-        for pattern, ours in _names(stages):
+        for pattern, ours in names:
             name = re.sub(pattern, ours, name)
         if name not in own:
             unexpected.append(official)
@@ -235,9 +280,7 @@ def _fill(model: MaskedAutoencoder | ClassifierModule, state: Mapping[str, Tenso
     print(f"unexpected, not used: {', '.join(unexpected) or 'none'}")
     without_decoder = all(not name.startswith("decoder.") for name in renamed)
     needed = [
-        name
-        for name in missing
-        if name != "decoder.mask_token" and not (without_decoder and name.startswith("decoder."))
+        name for name in missing if name not in optional and not (without_decoder and name.startswith("decoder."))
     ]
     if needed:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 
 from .builders import MAE
 from .cmae import CMAE
-from .data import Samples, Source, StartMethod
+from .data import Samples, Source, StartMethod, views
 from .distributed import World
 from .learners import Contrast, Examination, Learner, Reconstruction
 from .optimisation import learning_rate
@@ -283,7 +283,7 @@ class Pretrain(Run):
         Raises ValueError where a contrastive one is given single views.
         """
         if isinstance(self.model, CMAE):
-            if getattr(samples, "views", 1) != 2:
+            if views(samples) != 2:
                 raise ValueError(
                     f"CMAE compares two views of each sample, {type(self.data).__name__} gives one: "
                     "data=TwoViews(source=...), of convmae.views"

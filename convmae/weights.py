@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from . import checkpoint, foreign, official
+from . import checkpoint, foreign, official, official_cmae
 from .nn.classifier import Pooling
 from .nn.contrast import ContrastiveMaskedAutoencoder
 from .run_folder import LAST, kept_in
@@ -23,7 +23,7 @@ SAFETENSORS = "model.safetensors"
 """What `hub.save_pretrained` calls its file of weights."""
 
 READABLE = (
-    "a run's folder or checkpoint, what convmae.hub wrote, the authors' ConvMAE checkpoints, "
+    "a run's folder or checkpoint, what convmae.hub wrote, the authors' ConvMAE and CMAE checkpoints, "
     "and plain ViTs by the names of MAE, VideoMAE, transformers or timm"
 )
 
@@ -40,17 +40,18 @@ def load(
 ) -> Any:
     """The model that a run's folder, a file or a state dict holds, on the CPU in evaluation mode, with its builder.
 
-    Recognised by what they hold are `READABLE`; a logged line says what it was taken for.
+    Recognised by what they hold are `READABLE`; a logged line says what it was taken for. Weights of the authors' CMAE
+    are taken as made for RGB images: for the released ones, which saw BGR, use `official_cmae.load`.
 
     Args:
         source: a run's folder, a folder that `hub.save_pretrained` wrote, a file of torch's or safetensors, or a state
-            dict of the authors' ConvMAE or of a plain ViT.
+            dict of the authors' ConvMAE or CMAE or of a plain ViT.
         size: build for this input size instead; positions are resized.
         average: take the averaged weights that a finetuning run has kept.
         encoder: of a contrastive masked autoencoder (CMAE) "target" puts the target's trunk, and its fusion, in the
             place of the online ones.
-        heads, decoder_heads, pooling: of other people's weights, where they do not tell: see `official.load` and
-            `foreign.load`.
+        heads, decoder_heads, pooling: of other people's weights, where they do not tell: see `official.load`,
+            `official_cmae.load` and `foreign.load`.
 
     Raises:
         ValueError: it is none of these, is damaged, does not match, or has no averaged weights, or no such encoder.
@@ -115,6 +116,9 @@ def _others(
                 state, heads=heads, decoder_heads=decoder_heads or 16, pooling=pooling, size=size
             )
             kind = "the authors' ConvMAE"
+        elif official_cmae.recognised(state):
+            model = official_cmae.load(state, heads=heads, decoder_heads=decoder_heads or 16, size=size)
+            kind = 'the authors\' CMAE, of RGB images (official_cmae.load has channels="bgr")'
         elif foreign.recognised(state):
             model = foreign.load(state, size=size, heads=heads, decoder_heads=decoder_heads, pooling=pooling)
             kind = "a plain ViT"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convmae import AttentionStage, ConvMAE, ConvStage
+from convmae import CMAE, AttentionStage, ConvMAE, ConvStage, masking, targets
 from convmae.builders import MAE
 from convmae.data import Sample, Samples, UnusableFileError
 from convmae.files import append_line, lines
@@ -68,6 +68,31 @@ class NoiseSamples:
             digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
             append_line(self.source.record / f"rank-{os.environ.get('RANK', '0')}.jsonl", {"is": [index, digest]})
         return Sample(pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoNoises(Noise):
+    """Random pictures, and beside each another one that is much like it."""
+
+    def open(self, size: tuple[int, ...]) -> Samples:
+        return TwoNoisesSamples(source=self, size=size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoNoisesSamples(NoiseSamples):
+    views = 2
+
+    def load(self, index: int, generator: torch.Generator) -> Sample:
+        if index in self.source.bad:
+            raise UnusableFileError(self.name(index), "it is bad")
+        kind = torch.Generator().manual_seed(index)
+        coarse = torch.randint(256, (3, *(side // 8 for side in self.size)), generator=kind, dtype=torch.uint8)
+        for axis in range(1, coarse.ndim):
+            coarse = coarse.repeat_interleave(8, dim=axis)
+        change = torch.randint(0, 40, coarse.shape, generator=generator, dtype=torch.uint8)
+        if index in self.source.white:
+            coarse = torch.full_like(coarse, 255)
+        return Sample(coarse, second=coarse // 2 + change)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +181,8 @@ def losses(folder: Path) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    changes = eval(sys.argv[2], {**globals(), "PosixPath": Path})
+    names = {"PosixPath": Path, "CMAE": CMAE, "masking": masking, "targets": targets}  # of what changes print as
+    changes = eval(sys.argv[2], {**globals(), **names})
     fit(replace(TinyRun(folder=Path(sys.argv[1])).run(), **changes))
 
 

@@ -305,7 +305,7 @@ def test_every_file_has_the_features_of_its_own_pixels(
         name = os.path.relpath(samples.name(index), photos)
         if name in ("a/03.png", "b/04.png"):
             continue
-        pixels, label = samples.load(index, torch.Generator())
+        pixels, label, _ = samples.load(index, torch.Generator())
         with torch.no_grad():
             maps = [each[0, 0].movedim(-1, 0) for each in model.trunk(normalize(pixels[None])).maps]
         rows = found.pop(name)

@@ -72,7 +72,7 @@ def test_samples_follow_from_the_generator_alone_and_pickle(tmp_path: Path) -> N
     source = ImageFolder(root=tmp_path)
     assert isinstance(source, Source)
     samples = source.open((32, 48))
-    pixels, label = samples.load(0, seeded(3))
+    pixels, label, _ = samples.load(0, seeded(3))
     assert (tuple(pixels.shape), pixels.dtype, label) == ((3, 32, 48), torch.uint8, 0)
     assert pixels.is_contiguous()
     again = pickle.loads(pickle.dumps(samples)).load(0, seeded(3))

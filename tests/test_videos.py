@@ -84,7 +84,7 @@ def test_every_real_clip_loads(reader: readers.Choice) -> None:
     samples = Videos(root=MEDIA / "clips", reader=reader).open((16, 96, 80))
     assert len(samples) == len(CLIPS)
     for index in range(len(samples)):
-        pixels, label = samples.load(index, seeded(index))
+        pixels, label, _ = samples.load(index, seeded(index))
         assert (tuple(pixels.shape), pixels.dtype, label) == ((3, 16, 96, 80), torch.uint8, UNLABELLED)
         assert pixels.is_contiguous()
         assert pixels.float().std() > 5

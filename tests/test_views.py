@@ -81,7 +81,7 @@ def test_views_are_the_frames_and_crops_of_a_straightforward_decode(name: str, s
 def test_one_view_is_the_centre_of_the_middle(tmp_path: Path) -> None:
     counting(tmp_path / "a.mp4", frames=40)
     samples = Videos(root=tmp_path, sampling=Dense(stride=2)).as_test().open((4, 32, 32))
-    pixels, label = samples.load(0, seeded())
+    pixels, label, _ = samples.load(0, seeded())
     assert (samples.repeats, tuple(pixels.shape), label) == (1, (3, 4, 32, 32), -1)
     assert numbers(pixels.transpose(0, 1).numpy()) == [17, 19, 21, 23]
     assert Videos(root=tmp_path, sampling=Dense(stride=2)).as_test(clips=2).open((4, 32, 32)).repeats == 2
