@@ -163,20 +163,28 @@ def side_of(rows: int, *, class_token: bool) -> int:
     raise ValueError(f"pos_embed has {rows} positions, not a square grid{with_row}")
 
 
+def shaped(state: Mapping[str, Tensor], name: str, shape: Sequence[int], like: str) -> Tensor:
+    """The tensor of this name in float64, where it has this shape; `like` names what asks for it.
+
+    Raises ValueError where it has another shape, and KeyError where it is not there.
+    """
+    tensor = state[name]
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, needed is {tuple(shape)}, to fit {like}")
+    return tensor.double()
+
+
 def without_encoder_row(state: Mapping[str, Tensor], length: int, prefix: str = "") -> dict[str, Tensor]:
     """An encoder's position table of `length` rows alone: the class token's row is added to that token.
 
-    The names `pos_embed` and `cls_token` have the prefix. Raises ValueError where token and row differ in width, and
-    KeyError for what is not there.
+    The names `pos_embed` and `cls_token` have the prefix. Raises ValueError and KeyError as `shaped` does.
     """
-    token, table = state[f"{prefix}cls_token"], state[f"{prefix}pos_embed"]
+    token, positions = f"{prefix}cls_token", f"{prefix}pos_embed"
+    table = state[positions]
     if table.shape[1] != length + 1:
         return dict(state)
-    row = table[:, :1]
-    if token.shape != row.shape:
-        raise ValueError(f"{prefix}cls_token is {tuple(token.shape)}, its row of {prefix}pos_embed {tuple(row.shape)}")
-    # in float64, so that a sum of halves is not rounded to a half
-    return {**state, f"{prefix}pos_embed": table[:, 1:], f"{prefix}cls_token": token.double() + row.double()}
+    row = table[:, :1].double()  # a sum of halves is not rounded to a half
+    return {**state, positions: table[:, 1:], token: shaped(state, token, row.shape, positions) + row}
 
 
 def without_decoder_row(state: Mapping[str, Tensor], length: int, prefix: str = "") -> dict[str, Tensor]:
@@ -186,22 +194,22 @@ def without_decoder_row(state: Mapping[str, Tensor], length: int, prefix: str = 
     and to all shown ones. It is taken from all positions, which gives the shown ones back what they had, and added to
     the mask token for the hidden ones.
 
-    The names `decoder_pos_embed`, `decoder_embed.bias` and `mask_token` have the prefix. Raises KeyError for what is
-    not there.
+    The names `decoder_pos_embed`, `decoder_embed.bias` and `mask_token` have the prefix. Raises ValueError and KeyError
+    as `shaped` does.
     """
-    table = state.get(f"{prefix}decoder_pos_embed")
+    positions, bias, token = (f"{prefix}{name}" for name in ("decoder_pos_embed", "decoder_embed.bias", "mask_token"))
+    table = state.get(positions)
     if table is None or table.shape[1] != length + 1:
         return dict(state)
-    row, rest = table[:, :1], table[:, 1:]
-    moved = {f"{prefix}decoder_pos_embed": rest}
-    if row.any():
-        row = row.double()
-        moved = {
-            f"{prefix}decoder_pos_embed": rest.double() - row,
-            f"{prefix}decoder_embed.bias": state[f"{prefix}decoder_embed.bias"].double() + row.flatten(),
-            f"{prefix}mask_token": state[f"{prefix}mask_token"].double() + row,
-        }
-    return {**state, **moved}
+    row, rest = table[:, :1].double(), table[:, 1:]
+    if not row.any():
+        return {**state, positions: rest}
+    return {
+        **state,
+        positions: rest.double() - row,
+        bias: shaped(state, bias, row.shape[2:], positions) + row.flatten(),
+        token: shaped(state, token, row.shape, positions) + row,
+    }
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"convmae.builders"},
     {"convmae.checkpoint", "convmae.cmae"},
     {"convmae.foreign", "convmae.official"},
+    {"convmae.official_cmae"},
     {"convmae"},
     {
         "convmae.data",

@@ -370,6 +370,29 @@ def test_the_class_tokens_row_gives_what_adding_positions_to_all_tokens_gives(st
     torch.testing.assert_close(features.tokens, tokens[:, 1:], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_class_tokens_row_in_the_decoder_gives_what_adding_positions_to_all_tokens_gives(state: State) -> None:
+    """The decoder as MAE has it, written out: mask tokens in their places, the class token first, all rows added."""
+    decoder_row = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+    theirs = with_token(state, row=torch.zeros(1, 1, 48), decoder_row=decoder_row)
+    model = load(theirs).double()
+    x = torch.randn(2, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    shown = model.trunk.shown(model.draw_masks(2, torch.Generator().manual_seed(2)), device=x.device)
+    latent, class_token = model.encode(x, shown)
+    assert class_token is not None
+    weight, bias = theirs["decoder_embed.weight"].double(), theirs["decoder_embed.bias"].double()
+    tokens = theirs["mask_token"].double().expand(2, 196, -1).clone()
+    tokens[~shown.hidden.flatten(1)] = (latent @ weight.T + bias).flatten(0, 1)
+    tokens = torch.cat([class_token @ weight.T + bias, tokens], dim=1) + theirs["decoder_pos_embed"].double()
+    for block in model.decoder.blocks:
+        tokens = block(tokens)
+    expected = model.decoder.head(model.decoder.norm(tokens[:, 1:]))
+    prediction = model.decoder(latent, shown, class_token)
+    torch.testing.assert_close(prediction, expected, atol=1e-6, rtol=0)  # the sums are rounded to float32
+    without = load(with_token(state, row=None)).double().decoder(latent, shown, class_token)
+    assert not torch.allclose(without, expected, atol=1e-3), "the row matters"
+
+
 def test_a_model_with_a_class_token_goes_out_and_comes_back() -> None:
     builder = (
         ConvMAE()
@@ -412,10 +435,13 @@ def test_rows_that_are_not_a_class_tokens_are_refused(state: State) -> None:
     two = {**extra, "pos_embed": torch.cat([row, extra["pos_embed"]], dim=1)}
     with pytest.raises(ValueError, match="pos_embed has 198 positions, not a square grid, with or without a row"):
         load(two)
-    with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 1\), its row of pos_embed \(1, 1, 48\)"):
+    with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 1\), needed is \(1, 1, 48\), to fit pos_embed"):
         load({**extra, "cls_token": torch.zeros(1, 1, 1)})
-    with pytest.raises(ValueError, match=r"decoder_pos_embed gives the class token a position.*leave the decoder_"):
-        load(with_token(state, row=row, decoder_row=decoder_row))
+    positioned = with_token(state, row=row, decoder_row=decoder_row)
+    with pytest.raises(ValueError, match=r"decoder_embed\.bias is \(1,\), needed is \(32,\), to fit decoder_pos_embed"):
+        load({**positioned, "decoder_embed.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match="a poor match: the file lacks mask_token"):
+        load({name: tensor for name, tensor in positioned.items() if name != "mask_token"})
     encoder = {n: t for n, t in extra.items() if not n.startswith("decoder_") and n != "mask_token"}
     assert official.load(encoder, heads=4).trunk.stages[-1].get_parameter("class_token").shape == (1, 1, 48)
 
