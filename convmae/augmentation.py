@@ -86,6 +86,47 @@ class ColourJitter:
         return pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaussianBlur:
+    """Blur with a Gaussian of random width (SimCLR, MoCo v2; CMAE's target: 0.1 to 2 pixels with probability 1/2).
+
+    The kernel reaches three deviations to either side, beyond which lies less than 0.3 % of the weight.
+
+    Args:
+        sigma: least and largest deviation in pixels; uniform between.
+        probability: of a blur.
+    """
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _rising(1e-3, 1e3, sigma=self.sigma)
+        _within(0, 1, probability=self.probability)
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Pixels uint8 `(..., 3, h, w)` to as many of the same kind."""
+        from torchvision.transforms.v2 import functional
+
+        chance, place = _uniform(2, generator)
+        if chance >= self.probability:
+            return pixels
+        sigma = self.sigma[0] + place * (self.sigma[1] - self.sigma[0])
+        reach = min(math.ceil(3 * sigma), min(pixels.shape[-2:]) - 1)
+        side = 2 * reach + 1
+        blurred: Tensor = functional.gaussian_blur(pixels, kernel_size=[side, side], sigma=[sigma, sigma])
+        return blurred
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseChannels:
+    """RGB to BGR, and back; CMAE's released weights saw BGR, normalised with the statistics of RGB."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Pixels `(..., 3, h, w)` to as many of the same kind; nothing is drawn."""
+        return pixels.flip(-3)
+
+
 DISTORTIONS = (
     "autocontrast",
     "equalize",

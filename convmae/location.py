@@ -12,24 +12,25 @@ S = TypeVar("S")
 
 
 def has_root(source: object) -> bool:
-    """Whether a source can be pointed elsewhere: whether it has a field `root`."""
-    return dataclasses.is_dataclass(source) and "root" in {field.name for field in dataclasses.fields(source)}
+    """Whether a source can be pointed elsewhere: whether it, or the source that it is made of, has a field `root`."""
+    return "root" in _fields(source) or ("source" in _fields(source) and has_root(_inner(source)))
 
 
 def located(source: S, where: str | Path | None) -> S:
     """The source at a place, or where None is given at its own, as an absolute path.
 
     Args:
-        source: with a field `root`.
+        source: with a field `root`, or made of a `source` that has it.
         where: a folder or file; or a URL, or a pattern of names, where the source takes those.
 
     Raises:
         ValueError: the source has no root, the place is not there, or is a URL and the source reads from a disk.
     """
     any_: Any = source
+    if "root" not in _fields(source) and has_root(source):
+        return _around(source, located(_inner(source), where))
     if not has_root(source):
-        fields = [field.name for field in dataclasses.fields(any_)] if dataclasses.is_dataclass(source) else []
-        there = f"it has {', '.join(fields)}" if fields else "it has no fields"
+        there = f"it has {', '.join(_fields(source))}" if _fields(source) else "it has no fields"
         raise ValueError(
             f"the recipe's data, {type(source).__name__}, have no field `root` to replace ({there}). Leave it out, or "
             "change the recipe."
@@ -52,9 +53,25 @@ def located(source: S, where: str | Path | None) -> S:
 
 def whole(source: S) -> S:
     """The source without the part of its root that it takes, where it can do without."""
+    if "split" not in _fields(source) and "source" in _fields(source):
+        return _around(source, whole(_inner(source)))
     if getattr(source, "split", None) is None or not _takes(source, "split", NoneType):
         return source
     return _replaced(source, split=None)
+
+
+def _fields(source: object) -> list[str]:
+    return [field.name for field in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
+
+
+def _inner(source: Any) -> Any:
+    return source.source
+
+
+def _around(source: S, inner: Any) -> S:
+    any_: Any = source
+    changed: S = dataclasses.replace(any_, source=inner)
+    return changed
 
 
 def _absolute(path: str | Path) -> Path:

@@ -342,7 +342,8 @@ def refusal_beside(run: Run, kept: Any) -> str | None:
 
 def _placeless(value: Any) -> Any:
     """A value in its plain form, a source without its root: data may move."""
-    plain = to_plain(value)
-    if isinstance(plain, dict) and "fields" in plain:
-        plain["fields"].pop("root", None)
+    plain = inner = to_plain(value)
+    while isinstance(inner, dict) and "fields" in inner:
+        inner["fields"].pop("root", None)
+        inner = inner["fields"].get("source")
     return plain

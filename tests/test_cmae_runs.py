@@ -98,9 +98,7 @@ def in_processes(folder: Path, world: int, *, interrupt_at: int | None = None, *
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "parallel", "bad"), [(2, "ddp", ()), (3, "ddp", (3, 8)), (2, "fsdp", ()), (4, "ddp", ())]
-)
+@pytest.mark.parametrize(("world", "parallel", "bad"), [(2, "ddp", (3, 8)), (2, "fsdp", ()), (4, "ddp", ())])
 def test_several_processes_learn_what_one_learns(
     tmp_path: Path, world: int, parallel: str, bad: tuple[int, ...]
 ) -> None:

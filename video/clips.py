@@ -112,6 +112,38 @@ class Dense:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Twice:
+    """Two clips, one after the other: what a sampling chooses, and the same frames a little later.
+
+    Args:
+        sampling: of the first clip.
+        by: the second is 0 to `by - 1` frames of the file later, uniformly: fewer where the video is too short for both
+            (`Segments` moves within their parts).
+    """
+
+    sampling: Sampling
+    by: int
+
+    def __post_init__(self) -> None:
+        if self.by < 1:
+            raise ValueError(f"by={self.by} is below 1")
+
+    def __call__(self, track: Track, frames: int, generator: torch.Generator | None) -> list[int]:
+        """Choose half of so many frames, and as many again; without a generator those in the middle, twice."""
+        if generator is None:
+            return self.at(track, frames, 0.5)
+        first, *_, last = self.sampling.at(track, frames // 2, 0.0)
+        places = min(self.by, track.frames - (last - first))
+        later = int(torch.randint(max(places, 1), (), generator=generator))
+        chosen = self.sampling(track._replace(frames=track.frames - later), frames // 2, generator)
+        return chosen + [index + later for index in chosen]
+
+    def at(self, track: Track, frames: int, place: float) -> list[int]:
+        """The clip at a place in [0, 1), twice."""
+        return 2 * self.sampling.at(track, frames // 2, place)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segments:
     """One frame of each of as many equal parts of the whole video: TSN's sampling, and VideoMAE's on SSv2.
 

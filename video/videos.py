@@ -18,7 +18,7 @@ from convmae.folder import Unusable, part
 from convmae.images import IMAGE_SUFFIXES, Augment, Crop
 from convmae.listing import Listing
 from video import lists, readers
-from video.clips import Dense, MultiScaleCrop, Sampling, Views, many
+from video.clips import Dense, MultiScaleCrop, Sampling, Twice, Views, many
 from video.demo import make
 from video.lists import VIDEO_SUFFIXES
 from video.readers.protocol import RefusedError
@@ -60,6 +60,17 @@ class Clips:
         Raises ValueError as `Views` does.
         """
         return replace(self, views=Views(clips=clips, crops=crops), flip=False, augment=(), repeats=1)
+
+    def twice(self, by: int) -> Self:
+        """The same videos, opened for `(2 * T, H, W)`: T frames, and after them T that begin up to `by - 1` later.
+
+        Both are cropped, flipped and augmented alike. See `video.clips.Twice`, and `convmae.views`.
+
+        Raises ValueError for a test, and for less than one place.
+        """
+        if self.views is not None:
+            raise ValueError(f"{type(self).__name__}(views={self.views!r}) is a test, which looks at single clips")
+        return replace(self, sampling=Twice(sampling=self.sampling, by=by))
 
     def check(self, size: tuple[int, ...]) -> None:
         """Refuse what cannot be.
