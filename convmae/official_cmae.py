@@ -131,7 +131,7 @@ def load(
         builder = _contrastive(state, mae, decoder_heads) if any(name.startswith(_CONTRAST) for name in state) else mae
     except KeyError as missing:
         raise ValueError(
-            f"a poor match: the file lacks {missing.args[0]}; to load the encoder alone give the {_ENCODER}... tensors"
+            f"a poor match: the file lacks {missing.args[0]}; to load the encoder alone leave out all but {_ENCODER}*"
         ) from missing
     with torch.random.fork_rng(devices=[]):
         model = builder.build()
