@@ -81,8 +81,8 @@ class TwoViews:
             later = self.shift[0] > 1
             if later and not hasattr(source, "twice"):
                 raise ValueError(
-                    f"TwoViews: shift={self.shift} is in time, but {type(source).__name__} has no `twice`, which loads a "
-                    f"clip and a later one: shift={(0, *self.shift[1:])}"
+                    f"TwoViews: shift={self.shift} is in time, but {type(source).__name__} has no `twice`, by which it "
+                    f"loads a clip and a later one: shift={(0, *self.shift[1:])}"
                 )
             source = source.twice(self.shift[0]) if later else source
             loaded = (2 * size[0] if later else size[0], *loaded)
