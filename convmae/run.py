@@ -326,10 +326,12 @@ def refusal_beside(run: Run, kept: Any) -> str | None:
             f"{run.folder} holds a {type(before).__name__}, this run is a {type(run).__name__}: give it another folder "
             "with --folder"
         )
+    # contrast is with the samples of a micro-batch
+    free = [name for name in FREE if name != "micro_batch" or not isinstance(run.model, CMAE)]
     changed = [
         f"{one.name}: {getattr(before, one.name)!r}, now {getattr(run, one.name)!r}"
         for one in dataclasses.fields(run)
-        if one.name not in FREE and _placeless(getattr(before, one.name)) != _placeless(getattr(run, one.name))
+        if one.name not in free and _placeless(getattr(before, one.name)) != _placeless(getattr(run, one.name))
     ]
     if not changed:
         return None

@@ -1,5 +1,23 @@
-"""One thread for torch: tiny tensors gain nothing from more, and lose much where the machine is busy."""
+"""How the tests are carried out: one thread of torch's, two processes where all are run, SLURM's first."""
 
+import pytest
 import torch
 
+# tiny tensors gain nothing from more, and lose much where the machine is busy
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two where all tests are run, for those on a SLURM cluster mostly wait; files that are named run in this process.
+
+    `pytest -n 4` is another number, `pytest -n 0` none.
+    """
+    if config.args != config.getini("testpaths"):
+        return 0
+    config.option.dist = "loadfile"
+    return 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, that no process waits for the other in the end."""
+    items.sort(key=lambda item: item.path.name != "test_slurm_cluster.py")

@@ -142,14 +142,18 @@ class TinyRun:
         )
 
 
+def meeting(world: int) -> dict[str, str]:
+    """The variables by which so many processes meet, at a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
 def together(
     folder: Path, world: int, *, interrupt_at: int | None = None, **changes: Any
 ) -> tuple[list[int], list[str]]:
     """Fit the tiny run in so many processes: their exit codes and output; interrupted once a step was reached."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "runs.py", folder, f"dict({', '.join(f'{k}={v!r}' for k, v in changes.items())})"],

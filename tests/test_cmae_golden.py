@@ -6,7 +6,6 @@ last digits, and lie as far from their float32 as their own; and in float32.
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from golden import explanation, needs_shared, tensors, under
+from runs import meeting
 from torch import Tensor, nn
 
 from convmae import CMAE, MAE, AttentionStage, masking, official_cmae, weights
@@ -360,10 +360,7 @@ def uneven(mask: Tensor) -> Shown:
 @pytest.fixture(scope="module")
 def told_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("told")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ours = {**meeting(2), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, out],

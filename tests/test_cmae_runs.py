@@ -152,6 +152,14 @@ def test_a_step_that_is_not_finite_changes_nothing_not_even_running_statistics(t
     assert all(bool(torch.isfinite(one).all()) for one in newest(tmp_path)["weights"].values())
 
 
+def test_another_micro_batch_is_another_run_for_keys_are_those_of_one(tmp_path: Path) -> None:
+    for step in steps(a_run(tmp_path)):
+        if step.number == 2:
+            break
+    with pytest.raises(ValueError, match="micro_batch: None, now 2"):
+        list(steps(a_run(tmp_path, micro_batch=2)))
+
+
 def test_single_views_are_refused_with_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two views of each sample, Noise gives one: data=TwoViews\(source"):
         list(steps(a_run(tmp_path, data=Noise())))

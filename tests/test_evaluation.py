@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import pytest
 import torch
 from media import CLIPS, MEDIA, UNUSABLE, counting, needs_media
 from PIL import Image
+from runs import meeting
 from torch import Tensor, nn
 
 from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation, manifest
@@ -400,10 +400,7 @@ def source(root: Path) -> Videos:
 
 def together(out: Path, world: int, *jobs: dict[str, Any]) -> list[tuple[int, str]]:
     """Carry out tests in so many processes: their exit codes and output; each leaves its scores in the folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, out, repr(jobs)],

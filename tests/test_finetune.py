@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from golden import needs_shared, tensors, under
 from numpy.typing import NDArray
 from PIL import Image
-from runs import tiny
+from runs import meeting, tiny
 from torch import Tensor
 
 from convmae import checkpoint, official
@@ -336,7 +336,7 @@ def test_a_stop_in_the_middle_of_a_test_is_obeyed_and_the_test_made_up_for(tmp_p
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def in_processes(world: int, folder: Path, root: Path, port: int, **changes: Any) -> None:
+def in_processes(world: int, folder: Path, root: Path, **changes: Any) -> None:
     """Fit the run in so many processes."""
     code = """
 import sys, torch
@@ -347,7 +347,7 @@ from test_finetune import a_run
 changes = eval(sys.argv[3])
 assert fit(a_run(Path(sys.argv[1]), Path(sys.argv[2]), device="cpu", **changes))
 """
-    ours = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(folder), str(root), repr(changes)],
@@ -371,7 +371,7 @@ def test_several_processes_learn_and_are_tested_as_one(
     """Without what each process draws by itself; the average of weights, and the tests, are shared, too."""
     same_for_all: dict[str, Any] = {"drop_path": 0.0, "average": 0.5, "epochs": 2, "test_every": 1}
     assert fit(a_run(tmp_path / "one", pictures, **same_for_all))
-    in_processes(world, tmp_path / "several", pictures, 29701 + world, parallel=parallel, **same_for_all)
+    in_processes(world, tmp_path / "several", pictures, parallel=parallel, **same_for_all)
     one, several = (checkpoint.read(tmp_path / name / "last.pt") for name in ("one", "several"))
     for kind in ("weights", "average"):
         assert one[kind].keys() == several[kind].keys()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TinyRun, tiny
+from runs import TinyRun, meeting, tiny
 from timm.optim.lars import Lars
 from torch import nn
 
@@ -242,7 +242,7 @@ with join("cpu") as world:
     open(f"{sys.argv[1]}/{world.size}-{world.rank}.json", "w").write(json.dumps(found))
 """
     for size in (1, 2, 3):
-        ours = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29611 + size)}
+        ours = meeting(size)
         started = [
             subprocess.Popen(
                 [sys.executable, "-c", code, str(tmp_path)],
