@@ -45,6 +45,7 @@ class ColourJitter:
 
     torchvision's ColorJitter and RandomGrayscale. A strength of s draws a factor from 1 - s to 1 + s, not below 0; of
     hue, a shift from -s to s turns of the colour circle. CMAE: .4, .4, .4, .1 with probability .8, and greyscale .2.
+    All frames of a clip are changed by the same amounts; contrast is about the mean of each frame by itself.
 
     Args:
         brightness, contrast, saturation: strengths, 0 for none.

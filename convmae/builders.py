@@ -296,14 +296,16 @@ class MAE:
 
     def check(self) -> None:
         """Raise the ValueError that `build` would, without building."""
-        self._refuse(
-            [
-                *self._trunk_problems(),
-                *self._decoder_problems(),
-                *self._masking_problems(),
-                *self._target_problems(),
-            ]
-        )
+        self._refuse(self.problems())
+
+    def problems(self) -> list[str]:
+        """What does not fit, each with the call to change; none: it can be built."""
+        return [
+            *self._trunk_problems(),
+            *self._decoder_problems(),
+            *self._masking_problems(),
+            *self._target_problems(),
+        ]
 
     def build_trunk(self) -> Trunk:
         """The trunk alone, with torch's default initialisation. Raises ValueError as `build` does."""

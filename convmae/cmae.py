@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,9 +54,9 @@ class CMAE:
         require_counts(self, "hidden", "dim")
         for name in ("momentum", "momentum_end"):
             require(0 <= getattr(self, name) <= 1, f"CMAE: {name} is from 0 to 1", getattr(self, name))
-        require(self.temperature > 0, "CMAE: temperature is positive", self.temperature)
+        require(0 < self.temperature < math.inf, "CMAE: temperature is positive", self.temperature)
         for name in ("reconstruction_weight", "contrast_weight"):
-            require(getattr(self, name) >= 0, f"CMAE: {name} is 0 or more", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, f"CMAE: {name} is 0 or more", getattr(self, name))
 
     def input(self, size: int | Sequence[int]) -> CMAE:
         """Take inputs of this size in pixels; see `MAE.input`."""
@@ -96,8 +97,7 @@ class CMAE:
 
     def check(self) -> None:
         """Raise the ValueError that `build` would, without building."""
-        self.mae.check()
-        problems = attention_problems(
+        problems = self.mae.problems() + attention_problems(
             f".decode_features(dim={self.features.dim}, heads={self.features.heads})",
             self.features.dim,
             self.features.heads,

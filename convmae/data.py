@@ -93,7 +93,8 @@ class Samples(Protocol):
 class Source(Protocol):
     """Where samples are. A frozen dataclass, so that a run prints, compares and pickles.
 
-    A source with a field `root` can be pointed elsewhere: `--data` and `$CONVMAE_DATA` replace it.
+    A source with a field `root`, or made of a `source` that has one, can be pointed elsewhere: `--data` and
+    `$CONVMAE_DATA` replace it.
     """
 
     def open(self, size: tuple[int, ...]) -> Samples:

@@ -82,7 +82,7 @@ class TwoViews:
             if later and not hasattr(source, "twice"):
                 raise ValueError(
                     f"TwoViews: shift={self.shift} is in time, but {type(source).__name__} has no `twice`, by which it "
-                    f"loads a clip and a later one: shift={(0, *self.shift[1:])}"
+                    f"loads a clip and a later one: give shift={(0, *self.shift[1:])}, or a source of clips"
                 )
             source = source.twice(self.shift[0]) if later else source
             loaded = (2 * size[0] if later else size[0], *loaded)
@@ -108,7 +108,8 @@ class TwoViewsSamples:
         return len(self.samples)
 
     def __repr__(self) -> str:
-        return f"{self.samples!r}, in two views up to {tuple(max(0, n - 1) for n in self.source.shift)} apart"
+        most = tuple(max(0, places - 1) for places in self.source.shift)
+        return f"{self.samples!r}, cut to two views of {self.size} up to {most} apart"
 
     def name(self, index: int) -> str:
         """The file of a sample."""

@@ -257,7 +257,6 @@ def test_what_is_wrong_by_itself_is_refused_at_the_call(make: Callable[[], objec
         make()
 
 
-@pytest.mark.xfail(strict=True, reason="infinity passes `positive`; its repr, `inf`, is no code that makes it again")
 @pytest.mark.parametrize(
     "make",
     [
@@ -283,9 +282,6 @@ def test_what_is_wrong_between_the_parts_is_listed_with_the_calls_to_change(verb
         verb(VIT.input(30))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the plain builder refuses first: what is wrong with CMAE's own parts is left out"
-)
 def test_what_is_wrong_with_the_plain_part_and_with_the_rest_is_listed_together() -> None:
     with pytest.raises(ValueError, match="cannot be built") as refused:
         VIT.input(30).decode_features(dim=9, depth=1, heads=2).check()
@@ -467,11 +463,6 @@ def test_views_of_different_shapes_are_refused(second: tuple[int, ...]) -> None:
         model(torch.zeros(5, 3, 32, 32), second=torch.zeros(second))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(RuntimeError, NotImplementedError, pytest.fail.Exception),
-    reason="torch's own errors from within, and one row for all is taken silently",
-)
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -865,9 +856,6 @@ def test_without_a_row_that_counts_losses_and_gradients_are_zero(name: str) -> N
         assert gradient.eq(0).all(), what
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the running mean and variance go to zero, a tenth of the way at each such batch"
-)
 @each
 def test_without_a_row_that_counts_running_statistics_stay(name: str) -> None:
     model = build(CASES[name])
@@ -961,11 +949,6 @@ def test_losses_are_at_least_in_float32_whatever_the_model_is_in(name: str) -> N
         assert gradient.isfinite().all(), what
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="the heads give torch's batch norm float32 values beside weights in bfloat16, which it refuses on the CPU",
-)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_in_bfloat16_has_losses_in_float32_as_the_plain_one(training: bool) -> None:
     model = build(VIT).bfloat16().train(training)

@@ -1,5 +1,6 @@
 """Two views of a sample: how far apart they are, in place and in time, and what is done to which."""
 
+import os
 import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -9,17 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from media import MEDIA, counting, needs_media, numbers
+from media import CLIPS, MEDIA, counting, needs_media, numbers
 from PIL import Image
 
 from convmae import location
 from convmae.augmentation import ColourJitter, Flip, GaussianBlur, ReverseChannels
 from convmae.data import Batch, Sample, Stream
 from convmae.images import ImageFolder, RandomResizedCrop
-from convmae.launch import _told
+from convmae.launch import _told, _with_data
+from convmae.shards import main, write_shard
 from convmae.views import COLOUR, TwoViews
+from video import readers
 from video.clips import Dense, Segments, Twice
-from video.readers import Track
+from video.datasets import Kinetics
+from video.readers import Choice, Track
+from video.recipes import demo_cmae
+from video.shards import VideoShards
 from video.videos import Videos
 
 
@@ -118,6 +124,23 @@ def test_a_blur_is_pillows_and_keeps_what_is_flat() -> None:
     assert GaussianBlur(sigma=(2.0, 3.0), probability=1)(picture[:, :4, :4], seeded()).shape == (3, 4, 4)
 
 
+def test_a_blur_is_the_same_in_all_frames_and_drawn_from_the_generator_alone() -> None:
+    clip = torch.randint(0, 256, (3, 3, 24, 32), generator=seeded()).to(torch.uint8)
+    blurred, unchanged = [], 0
+    for seed in range(40):
+        before = torch.random.get_rng_state()
+        blurred.append(GaussianBlur()(clip, seeded(seed)))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert all(torch.equal(GaussianBlur()(clip[frame], seeded(seed)), blurred[-1][frame]) for frame in range(3))
+        unchanged += torch.equal(blurred[-1], clip)
+    assert 8 < unchanged < 32, "half of 40, four deviations to either side"
+    spread = {float(pixels.float().std().round()) for pixels in blurred}
+    assert len(spread) > 5, "of many widths"
+    for wrong in ((2.0, 1.0), (0.0, 1.0)):
+        with pytest.raises(ValueError, match=r"sigma=\(.*: must be the least and the largest"):
+            GaussianBlur(sigma=wrong)
+
+
 def test_channels_are_reversed() -> None:
     pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
     assert torch.equal(ReverseChannels()(pixels, seeded()), pixels[:, [2, 1, 0]])
@@ -167,6 +190,112 @@ def test_both_clips_lie_in_the_video_where_they_can() -> None:
         assert found == set(range(min(by, max(frames - 28, 1)) if frames >= 29 else len(found)))
 
 
+def test_all_shifts_in_time_are_drawn_alike_wherever_the_first_clip_begins() -> None:
+    """13 frames of 40 make a clip: 24 to 28 places for the first, by how much later the second is."""
+    twice, track = Twice(sampling=Dense(stride=4), by=5), Track(40, 25.0, 64, 64)
+    drawn = [twice(track, 8, seeded(seed)) for seed in range(1000)]
+    later = Counter(chosen[4] - chosen[0] for chosen in drawn)
+    assert set(later) == set(range(5))
+    assert sum((count - 200) ** 2 / 200 for count in later.values()) < 18.5, "4 degrees of freedom, one in a thousand"
+    for shift in range(5):
+        firsts = {chosen[0] for chosen in drawn if chosen[4] - chosen[0] == shift}
+        assert min(firsts) == 0
+        assert max(firsts) == 27 - shift, "up to where the later clip ends with the video"
+    assert twice(track, 8, None) == 2 * Dense(stride=4)(track, 4, None)
+
+
+@pytest.mark.parametrize("sampling", [Dense(), Dense(windows=True), Segments()], ids=repr)
+def test_clips_of_one_frame_may_be_apart_in_time(counted: Path, sampling: Any) -> None:
+    samples = TwoViews(source=Videos(root=counted, sampling=sampling), shift=(4, 0, 0), colour=()).open((1, 32, 32))
+    later = set()
+    for seed in range(40):
+        sample = samples.load(0, seeded(seed))
+        assert sample.second is not None
+        [first], [second] = (numbers(view.permute(1, 2, 3, 0).numpy()) for view in (sample.pixels, sample.second))
+        later.add(second - first)
+    assert later == set(range(4))
+
+
+@needs_media
+def test_real_clips_are_a_drawn_shift_apart_in_time_and_place() -> None:
+    samples = TwoViews(
+        source=Videos(root=MEDIA / "clips", sampling=Dense(stride=1), flip=True), shift=(3, 4, 4), colour=()
+    ).open((6, 48, 48))
+    assert len(samples) > 20
+    found = set()
+    for index in range(0, len(samples), 2):
+        sample = samples.load(index, seeded(index))
+        assert sample.second is not None
+        shifts = [
+            (later, *shift)
+            for later in range(3)
+            for shift in apart(sample.pixels[:, later:], sample.second[:, : 6 - later], 4)
+        ]
+        assert shifts, samples.name(index)
+        found.add(shifts[0])
+    assert len(found) > 4
+
+
+@needs_media
+@pytest.mark.parametrize("reader", ["decord", "pyav", "torchcodec"])
+@pytest.mark.parametrize(
+    "name", ["skv_carphone_qcif.mp4", "drv_vp9.webm", "mm_6fps.mp4", "ucf_basketball_mpeg4.avi", "drv_vfr.mp4"]
+)
+def test_one_read_of_two_clips_gives_what_two_reads_give(name: str, reader: Choice) -> None:
+    """Also where the clips share frames, as they do at stride 2 where one is 2 or 4 frames later."""
+    if reader not in readers.installed():
+        assert not os.environ.get("CI"), f"{reader} is not installed"
+        pytest.skip(f"{reader} is not installed")
+    [path] = [clip for clip in CLIPS if clip.name == name]
+    indices: list[int] = []
+
+    def both(track: Track) -> list[int]:
+        seed = next(
+            seed for seed in range(99) if _shared(Twice(sampling=Dense(stride=2), by=5)(track, 8, seeded(seed)))
+        )
+        indices[:] = Twice(sampling=Dense(stride=2), by=5)(track, 8, seeded(seed))
+        return indices
+
+    frames = readers.read(path, both, reader=reader)
+    one, other = (readers.read(path, lambda _, half=half: half, reader=reader) for half in (indices[:4], indices[4:]))
+    assert np.array_equal(frames, np.concatenate([one, other]))
+
+
+def _shared(chosen: list[int]) -> bool:
+    return 0 < len({*chosen[:4]} & {*chosen[4:]}) < 4
+
+
+def test_shards_and_data_sets_give_the_clips_that_their_files_give(tmp_path: Path) -> None:
+    for number in range(4):
+        counting(tmp_path / "files" / "train" / f"{number % 2}" / f"{number}.mp4", frames=20 + number)
+    files = sorted((tmp_path / "files").rglob("*.mp4"))
+    write_shard(
+        tmp_path / "shards" / "0.tar",
+        ((path.stem, {"mp4": path.read_bytes(), "cls": path.parent.name.encode()}) for path in files),
+    )
+    assert main([str(tmp_path / "shards")]) == 0
+    sources = (
+        Videos(root=tmp_path / "files" / "train"),
+        Kinetics(root=tmp_path / "files"),
+        VideoShards(root=tmp_path / "shards", lanes=2, window=2),
+    )
+    opened = [TwoViews(source=source, shift=(3, 4, 4)).open((4, 32, 32)) for source in sources]
+    for seed in range(4):
+        by_name = [
+            {Path(samples.name(index)).stem: samples.load(index, seeded(seed)) for index in range(len(samples))}
+            for samples in opened
+        ]
+        for name, sample in by_name[0].items():
+            assert sample.second is not None
+            for others in by_name[1:]:
+                other = others[name]
+                assert other.second is not None
+                assert torch.equal(sample.pixels, other.pixels)
+                assert torch.equal(sample.second, other.second)
+                assert sample.label == other.label
+    assert torch.equal(opened[2].order(seeded(2)), opened[2].samples.order(seeded(2)))
+
+
 def test_crop_and_flip_are_the_same_in_both_clips() -> None:
     source = Videos(split="train", sampling=Dense(stride=1), flip=True, augment=(Flip(),))
     samples = TwoViews(source=source, shift=(3, 0, 0), colour=()).open((8, 32, 32))
@@ -199,6 +328,17 @@ def test_repeated_clips_have_views_of_their_own() -> None:
     assert sample.second is not None
     assert sample.pixels.shape == sample.second.shape == (3, 3, 4, 32, 32)
     assert not torch.equal(sample.pixels[0], sample.pixels[1])
+    apart_by = {clip: apart(sample.pixels[clip, :, :1], sample.second[clip, :, :1], 4) for clip in range(3)}
+    assert len({tuple(shifts) for shifts in apart_by.values()}) > 1, "each is drawn by itself"
+
+
+def test_second_views_of_repeated_clips_stay_beside_the_first_in_a_batch() -> None:
+    source = Videos(split="train", sampling=Dense(stride=2), repeats=2)
+    samples = TwoViews(source=source, shift=(0, 0, 0), colour=()).open((4, 32, 32))
+    [[batch]] = list(Stream(samples, (4, 32, 32), 0, batch_size=6).batches(0, 1, workers=0))
+    assert batch.second is not None
+    assert batch.pixels.shape == (6, 3, 4, 32, 32)
+    assert torch.equal(batch.second, batch.pixels), "which no shift and no colours leave equal"
 
 
 # --- as a source ------------------------------------------------------------------------------------------------------
@@ -238,6 +378,28 @@ def test_damaged_files_are_skipped_and_a_batch_of_none_has_empty_views(tmp_path:
     assert Sample(torch.zeros(3, 1, 1)).second is None
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_second_views_of_a_batch_are_of_those_that_could_be_loaded(tmp_path: Path, workers: int) -> None:
+    for number in range(6):
+        Image.new("RGB", (40, 40), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    samples = TwoViews(source=ImageFolder(root=tmp_path), shift=(4, 4), colour=()).open((32, 32))
+    [[batch]] = list(Stream(samples, (32, 32), 0, batch_size=6).batches(0, 1, workers=workers))
+    assert [Path(problem.name).name for problem in batch.skipped] == ["2.png"]
+    assert batch.second is not None
+    assert batch.second[:, 0, 0, 0].tolist() == [40 * index for index in batch.indices.tolist()]
+    assert sorted(batch.indices.tolist()) == [0, 1, 3, 4, 5]
+
+
+def test_a_batch_of_single_views_has_no_second(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    stream = Stream(ImageFolder(root=tmp_path).open((32, 32)), (32, 32), 0, batch_size=1)
+    found = [batch for step in stream.batches(0, 2, workers=0) for batch in step]
+    assert sorted(len(batch.pixels) for batch in found) == [0, 1]
+    assert all(batch.second is None for batch in found)
+
+
 def test_what_the_samples_know_is_passed_on() -> None:
     source = TwoViews(source=ImageFolder(split="train"))
     samples = source.open((32, 32))
@@ -246,7 +408,7 @@ def test_what_the_samples_know_is_passed_on() -> None:
     assert samples.name(3) == own.name(3)
     assert len(samples) == len(own)
     assert not hasattr(samples, "order")
-    assert repr(samples).endswith(", in two views up to (31, 31) apart")
+    assert repr(samples).endswith(", cut to two views of (32, 32) up to (31, 31) apart")
     again = pickle.loads(pickle.dumps(samples))
     one, other = (each.load(2, seeded(2)).second for each in (samples, again))
     assert one is not None
@@ -268,14 +430,32 @@ def test_data_are_pointed_elsewhere_through_the_views(tmp_path: Path) -> None:
         location.located(source, tmp_path / "nowhere")
 
 
+def test_the_launchers_flag_and_variable_reach_the_source_of_the_views(
+    counted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = demo_cmae()
+    assert isinstance(run.data, TwoViews)
+    monkeypatch.delenv("CONVMAE_DATA", raising=False)
+    assert _with_data(run, None, None) == run
+    assert "the built-in demo set" in capsys.readouterr().out
+    by_flag = _with_data(run, str(counted), None)
+    assert by_flag.data == replace(run.data, source=replace(run.data.source, root=counted))
+    monkeypatch.setenv("CONVMAE_DATA", str(counted))
+    assert _with_data(run, None, None) == by_flag
+    assert f"{counted}, from $CONVMAE_DATA" in capsys.readouterr().out
+    assert len(by_flag.data.open(run.model.size)) == 1
+
+
 def test_what_cannot_be_is_refused_with_what_to_change() -> None:
     with pytest.raises(ValueError, match=r"from 0 for each axis; got \(-1, 3\)"):
         TwoViews(source=ImageFolder(), shift=(-1, 3))
     with pytest.raises(ValueError, match=r"shift=\(32, 32\) has 2 axes, the model's input \(8, 32, 32\) has 3"):
         TwoViews(source=Videos()).open((8, 32, 32))
-    with pytest.raises(ValueError, match=r"ImageFolder has no `twice`.*shift=\(0, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"ImageFolder has no `twice`.*give shift=\(0, 4, 4\)"):
         TwoViews(source=ImageFolder(), shift=(3, 4, 4)).open((8, 32, 32))
     with pytest.raises(ValueError, match="is a test, which looks at single clips"):
         TwoViews(source=Videos().as_test(), shift=(3, 4, 4)).open((8, 32, 32))
+    with pytest.raises(ValueError, match=r"loads two clips of T frames: \(2 \* T, H, W\), not \(5, 32, 32\)"):
+        Videos().twice(2).open((5, 32, 32))
     with pytest.raises(ValueError, match="by=0"):
         Twice(sampling=Dense(), by=0)

@@ -132,8 +132,8 @@ class Twice:
         """Choose half of so many frames, and as many again; without a generator those in the middle, twice."""
         if generator is None:
             return self.at(track, frames, 0.5)
-        first, *_, last = self.sampling.at(track, frames // 2, 0.0)
-        places = min(self.by, track.frames - (last - first))
+        earliest = self.sampling.at(track, frames // 2, 0.0)
+        places = min(self.by, track.frames - (earliest[-1] - earliest[0]))
         later = int(torch.randint(max(places, 1), (), generator=generator))
         chosen = self.sampling(track._replace(frames=track.frames - later), frames // 2, generator)
         return chosen + [index + later for index in chosen]

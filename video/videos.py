@@ -79,6 +79,8 @@ class Clips:
         """
         if len(size) != 3:
             raise ValueError(f"{type(self).__name__} loads (T, H, W) clips, but the model's input is {size}")
+        if isinstance(self.sampling, Twice) and size[0] % 2:
+            raise ValueError(f"{type(self).__name__}.twice(...) loads two clips of T frames: (2 * T, H, W), not {size}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} is below 1")
         drawn = {"flip": self.flip, "augment": self.augment, "repeats": self.repeats > 1}

@@ -28,30 +28,40 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`x (B, D) -> (B, D)`, float32 or better; valid boolean `(B)`: the rows that count, None: all of them.
+        """`x (B, D) -> (B, D)`, worked out in float32 or better; valid boolean `(B)`, the rows that count; None: all.
 
         All processes call it in training, with any number of rows.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if not self.training or (valid is None and _processes() == 1 and len(x) > 1):
-            return super().forward(x)
-        weight = x.new_ones(len(x), 1) if valid is None else valid.to(x.dtype)[:, None]
-        count = summed(weight.sum()).clamp(min=1)
-        mean = summed((weight * x).sum(0)) / count
-        centred = x - mean
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training:
+            mean, variance = self.running_mean, self.running_var
+            assert mean is not None
+            assert variance is not None
+            return self._scaled(precise - mean, variance.to(precise.dtype)).to(x.dtype)
+        whole = valid is None and _processes() == 1 and len(x) > 1
+        if whole and self.weight.dtype == precise.dtype:
+            return super().forward(precise).to(x.dtype)
+        weight = precise.new_ones(len(x), 1) if valid is None else valid.to(precise.dtype)[:, None]
+        rows = summed(weight.sum())
+        count = rows.clamp(min=1)
+        mean = summed((weight * precise).sum(0)) / count
+        centred = precise - mean
         variance = summed((weight * centred.square()).sum(0)) / count
-        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1), rows.detach() > 0)
+        return self._scaled(centred, variance).to(x.dtype)
+
+    def _scaled(self, centred: Tensor, variance: Tensor) -> Tensor:
         return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _remember(self, mean: Tensor, variance: Tensor, any_row: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(any_row)
+        for running, now in ((self.running_mean, mean), (self.running_var, variance)):
+            running.lerp_(now.to(running.dtype), self.momentum * any_row.to(running.dtype))
 
 
 class Head(nn.Sequential):
@@ -167,12 +177,17 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
             where all have collapsed to one; `prediction`, `mask`: as a plain one's.
 
         Raises:
-            ValueError: as the plain one's, and where the views differ in shape.
+            ValueError: as the plain one's; where the views differ in shape, there is not one mask for each sample, or
+                `valid` is no truth value of each.
         """
         x, shown = self.hide(x, mask)
         second = x if second is None else normalize(second) if second.dtype == torch.uint8 else second
         if second.shape != x.shape:
             raise ValueError(f"the views are {tuple(x.shape)} and {tuple(second.shape)}: they must have one shape")
+        if shown.index is not None and len(shown.index) != len(x):
+            raise ValueError(f"the mask is for {len(shown.index)} rows, there are {len(x)} samples: give one for each")
+        if valid is not None and (valid.shape != x.shape[:1] or valid.dtype != torch.bool):
+            raise ValueError(f"valid is boolean ({len(x)},), got {valid.dtype} {tuple(valid.shape)}")
         latent, class_token = self.encode(x, shown)
         prediction = self.decoder(latent, shown, class_token)
         reconstruction = self.loss(x, prediction, shown, valid)
@@ -199,8 +214,10 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
         """Move the target towards the online encoder: `t <- momentum * t + (1 - momentum) * o`, all its parameters.
 
         To be called after every optimiser step. The norms' buffers are not averaged. Of a sharded model (FSDP2) every
-        process moves its own part: reshard it before.
+        process moves its own part: reshard it before. Raises ValueError for a momentum that is not from 0 to 1.
         """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is from 0 to 1; got {momentum!r}")
         averaged, online = zip(*self.followed(), strict=True)
         torch._foreach_lerp_(list(averaged), list(online), 1 - momentum)
 
