@@ -12,7 +12,8 @@ import torch
 from killing import same, told
 from runs import Noise, NotOfWhite, TinyRun, TwoNoises, tiny, together
 
-from convmae import CMAE, checkpoint
+import video.recipes
+from convmae import CMAE, checkpoint, masking, recipes
 from convmae.files import lines
 from convmae.finetune import Finetune
 from convmae.images import ImageFolder
@@ -20,7 +21,9 @@ from convmae.learners import Contrast
 from convmae.nn.contrast import ContrastiveMaskedAutoencoder
 from convmae.probe import Probe
 from convmae.training import Pretrain, fit, steps
+from convmae.views import TwoViews
 from convmae.weights import load
+from video import VideoConvMAE
 
 
 def contrastive(**changes: Any) -> CMAE:
@@ -224,3 +227,30 @@ def test_a_run_is_probed_meanwhile(tmp_path: Path) -> None:
     probe = Probe(train=ImageFolder(split="train"), test=ImageFolder(split="val"), every=1, per_class=4, kinds=("knn",))
     assert fit(a_run(tmp_path, probe=probe))
     assert [line["step"] for line in lines(tmp_path / "scores.jsonl")] == [0, 4, 8]
+
+
+def test_the_recipes_have_the_published_numbers_and_can_be_carried_out() -> None:
+    images, clips = recipes.imagenet_cmae(), video.recipes.kinetics_cmae()
+    for run in (images, clips, recipes.demo_cmae(), video.recipes.demo_cmae()):
+        run.check()
+    assert (images.batch_size, images.epochs, images.warmup_epochs, images.base_lr) == (4096, 300, 40, 1.5e-4)
+    assert (images.betas, images.weight_decay, images.min_lr) == ((0.9, 0.95), 0.05, 0)
+    assert isinstance(images.model, CMAE)
+    model = images.model
+    assert (model.features.dim, model.features.depth, model.features.heads) == (512, 2, 16)
+    assert (model.hidden, model.dim, model.temperature) == (1536, 256, 0.07)
+    assert (model.momentum, model.momentum_end) == (0.996, 0.996)
+    assert (model.reconstruction_weight, model.contrast_weight) == (1, 1)
+    shown = (~model.mae.masking(2, (14, 14), torch.Generator())).flatten(1).sum(1)
+    assert shown.tolist() == [4 * int(49 * 0.35)] * 2
+    paper = model.mae.mask(masking.block(0.75, 2)).masking(1, (14, 14), torch.Generator())
+    assert int((~paper).sum()) == 4 * int(49 * 0.25)
+    assert isinstance(images.data, TwoViews)
+    assert images.data.shift == (32, 32)
+    assert isinstance(clips.model, CMAE)
+    assert clips.model.mae == VideoConvMAE.base()
+    assert isinstance(clips.data, TwoViews)
+    assert clips.data.shift == (16, 0, 0)
+    finetune = recipes.imagenet_finetune()
+    assert (finetune.batch_size, finetune.epochs, finetune.base_lr) == (1024, 100, 5e-4)
+    assert (finetune.layer_decay, finetune.drop_path) == (0.65, 0.1)
