@@ -123,11 +123,11 @@ def for_images(data: Path) -> Setting:
         unlabelled=Together(sources=(train, ImageFolder(root=more))) if more.is_dir() else train,
         train=train,
         test=ImageFolder(root=data, split="val").as_test(),
-        per_class=20,
+        per_class=5,
         pretrain_epochs=48,
         pretrain_batch=64,
         pretrain_lr=6e-3,
-        finetune_epochs=96,
+        finetune_epochs=192,
         finetune_lr=8e-3,
     )
 
