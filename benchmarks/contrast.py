@@ -27,7 +27,7 @@ from convmae import CMAE
 from convmae.files import lines, write_whole
 from convmae.pictures import smoothed
 from convmae.run import Pretrain
-from convmae.views import TwoViews
+from convmae.two_views import TwoViews
 
 if __name__ != "__main__":
     from transfer import Setting, finish, for_images, for_video, pretraining, seconds

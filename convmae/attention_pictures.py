@@ -35,7 +35,7 @@ from .images import CentreCrop, read
 from .nn.layers import Attention
 from .nn.trunk import AttentionStage
 from .pictures import _GROUND, _sheet, _write_png
-from .weights import Encoder, load_taking
+from .weights import Channels, Encoder, load_taking
 
 Query = Literal["all", "class"] | tuple[int, ...]
 """Whose attention: the mean over all tokens', the class token's, or that of the token at a place of the grid."""
@@ -310,6 +310,7 @@ class Options:
             time step before them.
         size: of the input: height and width in pixels. (default: the model's)
         encoder: of a CMAE: online or target.
+        channels: of the authors' CMAE: rgb, or bgr, which the released weights saw.
     """
 
     model: Path
@@ -318,6 +319,7 @@ class Options:
     query: tuple[int, ...] = ()
     size: int | None = None
     encoder: Encoder = "online"
+    channels: Channels = "rgb"
 
 
 def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Grid], Tensor]) -> int:
@@ -344,7 +346,14 @@ def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Gri
 
 
 def _draw(options: Options) -> int:
-    model = load_taking(2, options.model, options.size, other="video.attention_pictures", encoder=options.encoder)
+    model = load_taking(
+        2,
+        options.model,
+        options.size,
+        other="video.attention_pictures",
+        encoder=options.encoder,
+        channels=options.channels,
+    )
 
     def pixels_of(file: Path, size: Grid) -> Tensor:
         return CentreCrop(ratio=1)(read(file), (size[0], size[1]), torch.Generator())

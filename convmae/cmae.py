@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from .builders import MAE, Backbone, Classifier, Decoder, attention_problems, require, require_counts
 from .grids import Grid
+from .masking import Masking
 from .nn import initialisation
 from .nn.classifier import Pooling
 from .nn.contrast import ContrastiveMaskedAutoencoder, Head
@@ -18,9 +19,9 @@ from .nn.masked_autoencoder import Decoder as DecoderModule
 class CMAE:
     """A contrastive masked autoencoder (Huang et al., 2022; arXiv 2207.13532) over `MAE`, `ConvMAE` or `VideoConvMAE`.
 
-    `CMAE(mae=MAE.base().mask(masking.block(0.75, 2)))` is the paper's on a plain ViT; over `ConvMAE.base()` it has the
-    paper's convolutional encoder, over a builder of three axes it is CMAE-V (arXiv 2301.06018). A run feeds it with two
-    views: `data=TwoViews(source=...)`, see `convmae.views`.
+    `CMAE(mae=MAE.base()).mask(masking.block(0.75, 2)).follow(0.996, 1.0)` is the paper's on a plain ViT; over
+    `ConvMAE.base()` it has the paper's convolutional encoder, over a builder of three axes it is CMAE-V (arXiv
+    2301.06018). A run feeds it with two views: `data=TwoViews(source=...)`, see `convmae.two_views`.
 
     Where the sources say nothing: heads and the feature decoder are initialised by MAE's rule, as the rest; the target
     of an encoder with multi-scale fusion has it as well; the feature decoder gives as many values as the encoder is
@@ -51,6 +52,8 @@ class CMAE:
 
     def __post_init__(self) -> None:
         require(isinstance(self.mae, MAE), "CMAE: mae is a builder of a masked autoencoder", self.mae)
+        decoder = isinstance(self.features, Decoder)
+        require(decoder, "CMAE: features is a Decoder, set by .decode_features(...)", self.features)
         require_counts(self, "hidden", "dim")
         for name in ("momentum", "momentum_end"):
             require(0 <= getattr(self, name) <= 1, f"CMAE: {name} is from 0 to 1", getattr(self, name))
@@ -61,6 +64,10 @@ class CMAE:
     def input(self, size: int | Sequence[int]) -> CMAE:
         """Take inputs of this size in pixels; see `MAE.input`."""
         return replace(self, mae=self.mae.input(size))
+
+    def mask(self, masking: Masking) -> CMAE:
+        """Hide tokens of the online view this way; see `MAE.mask`."""
+        return replace(self, mae=self.mae.mask(masking))
 
     def decode_features(self, *, dim: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> CMAE:
         """Fill in features with transformer blocks of this width, number and heads."""

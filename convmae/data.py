@@ -59,7 +59,7 @@ class Sample(NamedTuple):
     """One loaded sample: pixels uint8 `(3, *size)` in RGB, and its class, or `UNLABELLED`.
 
     Where a sample gives several clips at once, pixels are `(repeats, 3, *size)`. Of samples that give two views, second
-    is the other one, as the first in kind and shape (`convmae.views`).
+    is the other one, as the first in kind and shape (`convmae.two_views`).
     """
 
     pixels: Tensor
@@ -192,7 +192,8 @@ class Stream:
     @property
     def most(self) -> int:
         """The rows of a whole micro-batch, the same for all processes."""
-        return self.micro_batch or -(-self.drawn // self.world) * repeats(self.samples)
+        share = -(-self.drawn // self.world) * repeats(self.samples)
+        return min(self.micro_batch or share, share)
 
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as states
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from .nn.layers import blocks
@@ -57,6 +57,8 @@ class World:
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        if hasattr(model, "features"):  # asked for by a probe, past the forward method
+            register_fsdp_forward_method(model, "features")
         return model
 
     def sum(self, values: Tensor) -> Tensor:

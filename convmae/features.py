@@ -404,6 +404,7 @@ class Options:
         maps: write the maps of every stage, too, in float16.
         size: of the input: height and width in pixels. (default: the model's)
         encoder: of a CMAE: online or target.
+        channels: of the authors' CMAE: rgb, or bgr, which the released weights saw.
         part: files whose features are written together, a multiple of the batch. (default: 1024, with maps 64)
         batch_size: files that are computed at once.
         workers: loader processes. (default: as many as CPUs)
@@ -419,6 +420,7 @@ class Options:
     maps: bool = False
     size: int | None = None
     encoder: weights.Encoder = "online"
+    channels: weights.Channels = "rgb"
     part: int | None = None
     batch_size: int = 32
     workers: int | None = None
@@ -449,7 +451,9 @@ def carry_out(options: Options, model: nn.Module, source: Source) -> int:
 
 
 def _extract(options: Options) -> int:
-    model = weights.load_taking(2, options.model, options.size, other="video.features", encoder=options.encoder)
+    model = weights.load_taking(
+        2, options.model, options.size, other="video.features", encoder=options.encoder, channels=options.channels
+    )
     return carry_out(options, model, ImageFolder(root=options.data.absolute()).as_test())
 
 

@@ -34,6 +34,7 @@ class Finetune(Run):
         checkpoint: where to start from: a run's folder, or a file that `convmae.weights.load` reads; None: from
             scratch. The trunk is taken, positions resized; not the decoder, nor a head.
         encoder: of a contrastive checkpoint (CMAE), whose trunk: the online one's, or the target's.
+        channels: of the authors' CMAE weights, what they saw: rgb, or bgr, as the released ones.
         test: the samples that show how well it does; None: it is not tested.
         test_every: epochs between two tests on one view of each sample; all views of `test` are looked at in the end.
         classes: how many; None: as many as the data have.
@@ -49,6 +50,7 @@ class Finetune(Run):
 
     checkpoint: Path | None = None
     encoder: weights.Encoder = "online"
+    channels: weights.Channels = "rgb"
     test: Source | None = None
     test_every: float = 1
     classes: int | None = None
@@ -70,6 +72,7 @@ class Finetune(Run):
         return [
             *super().demands(),
             ("encoder", "online or target", self.encoder in ("online", "target")),
+            ("channels", "rgb or bgr", self.channels in ("rgb", "bgr")),
             ("test_every", "positive", self.test_every > 0),
             ("classes", "1 or more, or None", self.classes is None or self.classes >= 1),
             ("pooling", "mean or token", self.pooling in ("mean", "token")),
@@ -106,7 +109,7 @@ class Finetune(Run):
 
     def _pretrained(self, checkpoint: Path) -> Any:
         try:
-            return weights.load(checkpoint, encoder=self.encoder)
+            return weights.load(checkpoint, encoder=self.encoder, channels=self.channels)
         except FileNotFoundError as missing:
             raise ValueError(f"--checkpoint {checkpoint}: {missing}") from missing
 

@@ -53,9 +53,7 @@ class Gallery:
         # eager: to compile for these few samples would take longer than all pictures of a run
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             x = self.x.to(device)
-            out = MaskedAutoencoder.forward(
-                model, x, self.mask
-            )  # of a contrastive one, too: it has no second view here
+            out = model(x, mask=self.mask)
             rebuilt = model.reconstruct(x, out["prediction"], out["mask"])
         model.train(training)
         if not self.start.world.first:

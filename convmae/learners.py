@@ -139,8 +139,8 @@ WATCHED = ("loss", "reconstruction", "contrast", "agreement", "spread")
 class Contrast(Reconstruction):
     """Masked pretraining against a momentum target: of each sample there are two views.
 
-    As processes give each other their keys, each brings equally many rows to a step: where some of its samples could
-    not be loaded, black ones that count for nothing fill up.
+    As processes give each other their keys, each brings equally many rows to a step: where its share is smaller, or
+    some samples could not be loaded, black ones that count for nothing fill up.
     """
 
     model: ContrastiveMaskedAutoencoder
@@ -150,19 +150,25 @@ class Contrast(Reconstruction):
         self.rows = 0
 
     def begin(self, most: int) -> None:
-        """A world of one needs no filling up."""
-        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
-        self.rows = 0 if alone else most
+        """Fill up to so many rows. Raises ValueError where a sample would be compared with itself alone."""
+        if most * (dist.get_world_size() if dist.is_initialized() else 1) < 2:
+            raise ValueError(
+                "CMAE compares a sample with others, but takes one at a time: raise --batch-size or --micro-batch"
+            )
+        self.rows = most
 
     def inputs(self, batch: Batch, device: torch.device, random: torch.Generator) -> Any:
-        """Both views, what the mask shows, and which rows count; None in a world of one, where all do."""
+        """Both views, what the mask shows, and which rows count.
+
+        Raises ValueError where the samples promised a second view, and gave none.
+        """
         missing = self.rows - len(batch.pixels)
         if missing > 0:
             batch = _together(batch, self.nothing(missing))
-        assert batch.second is not None
+        if batch.second is None or len(batch.second) != len(batch.pixels):
+            raise ValueError("samples with `views = 2` must give Sample(pixels, label, second): see convmae.two_views")
         x, shown = super().inputs(batch, device, random)
-        valid = (batch.indices >= 0).to(device, non_blocking=True) if self.rows else None
-        return x, shown, batch.second.to(device, non_blocking=True), valid
+        return x, shown, batch.second.to(device, non_blocking=True), (batch.indices >= 0).to(device, non_blocking=True)
 
     def losses(self, network: nn.Module, inputs: Any) -> dict[str, Tensor]:
         """The model's own, both of them, and what tells of a collapse."""

@@ -21,6 +21,7 @@ from .builders import MAE
 from .cmae import CMAE
 from .data import generator
 from .launch import find_recipe
+from .nn.contrast import ContrastiveMaskedAutoencoder
 from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw, parameter_groups
@@ -89,8 +90,12 @@ class Rehearsal:
             pixels = torch.randint(256, (samples, 3, *self.run.model.size), dtype=torch.uint8, device=self.device)
             mask = self.model.draw_masks(samples, generator(self.run.seed))
             shown = self.model.trunk.shown(mask, device=self.device)
+            more = {}
+            if isinstance(self.model, ContrastiveMaskedAutoencoder):
+                valid = torch.ones(samples, dtype=torch.bool, device=self.device)
+                more = {"second": pixels.flip(0), "valid": valid}
             with self.autocast:
-                loss = self.model(pixels, mask=shown)["loss"]
+                loss = self.model(pixels, mask=shown, **more)["loss"]
             (loss * samples).backward()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         scale = 1 / (2 * samples * nn.utils.get_total_norm(gradients)).clamp(min=1)

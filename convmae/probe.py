@@ -33,6 +33,7 @@ from .files import write_whole
 from .images import ImageFolder
 from .lars import LARS
 from .nn.layers import ATTENTION_EPS
+from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import learning_rate
 from .targets import normalize
 
@@ -103,6 +104,7 @@ def embed(
         )
     stream = Stream(samples, size, 0, world.size * batch_size, rank=world.rank, world=world.size, once=True)
     sharded = isinstance(model, FSDPModule)
+    features = model.features if isinstance(model, MaskedAutoencoder) else trunk  # the first knows of sharding
     found: list[tuple[list[int], list[int], Tensor, Tensor | None]] = []
     unusable = 0
     batches = stream.batches(
@@ -120,7 +122,7 @@ def embed(
             if count or sharded:  # a sharded model's forward pass needs all processes
                 pixels = batch.pixels if count else torch.zeros(1, 3, *size, dtype=torch.uint8)
                 with autocast or nullcontext():
-                    out = trunk(normalize(pixels.to(world.device, non_blocking=True))).tokens[:count]
+                    out = features(normalize(pixels.to(world.device, non_blocking=True))).tokens[:count]
                 kept = out.half().cpu() if tokens else None
                 found.append((batch.indices.tolist(), batch.labels.tolist(), out.float().mean(1).cpu(), kept))
             beat()
@@ -471,6 +473,7 @@ class Options:
         neighbours: of knn.
         size: side of the input in pixels. (default: the model's)
         encoder: of a CMAE: online or target.
+        channels: of the authors' CMAE: rgb, or bgr, which the released weights saw.
         batch_size: samples at a time.
         workers: loader processes. (default: one a CPU)
         device: auto, cpu, cuda.
@@ -485,6 +488,7 @@ class Options:
     neighbours: int = 20
     size: int | None = None
     encoder: weights.Encoder = "online"
+    channels: weights.Channels = "rgb"
     batch_size: int = 32
     workers: int | None = None
     device: str = "auto"
@@ -493,7 +497,9 @@ class Options:
 
 def carry_out(options: Options, train: Source, test: Source, *, axes: int, other: str) -> int:
     """Probe the model of the options on these sources, and print what it gave."""
-    model = weights.load_taking(axes, options.model, options.size, other=other, encoder=options.encoder)
+    model = weights.load_taking(
+        axes, options.model, options.size, other=other, encoder=options.encoder, channels=options.channels
+    )
     if options.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:

@@ -13,7 +13,7 @@ from .evaluate import Evaluate
 from .finetune import Finetune
 from .images import ImageFolder
 from .training import Pretrain
-from .views import TwoViews
+from .two_views import TwoViews
 
 
 def imagenet_pretrain() -> Pretrain:
@@ -65,8 +65,10 @@ def imagenet_cmae() -> Pretrain:
     changed in colour; temperature 0.07, both losses weighted 1. 300 epochs; 800 and 1600 are published too. Finetuned
     by `imagenet_finetune`, whose numbers are CMAE's for 300 epochs; from 1600, with half its learning rate.
 
+    Accumulation leaves each sample fewer keys: micro-batch times processes, of the published 4096.
+
     Paper and code disagree. The mask ratio is 0.65 in the code, and here, 0.75 in the paper: `.mask(masking.block(0.75,
-    2))` of the `mae`. The paper lets the momentum rise, the code's configurations keep 0.996, as here:
+    2))` of the model. The paper lets the momentum rise, the code's configurations keep 0.996, as here:
     `.follow(0.996, 1.0)` of the model. The released weights saw channels in BGR order with RGB statistics, here they
     are RGB: `augment=(ReverseChannels(),)` of the source. The paper's best encoder has convolutions:
     `CMAE(mae=ConvMAE.base())`, whose masking is not published.

@@ -132,7 +132,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def _watched(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Curves of what this kind of run tells beside what all do; empty where it is nothing."""
-    names = [name for name in (metrics[-1] if metrics else ()) if name not in ALWAYS]
+    names = [name for name in dict.fromkeys(name for line in metrics for name in line) if name not in ALWAYS]
     if not names:
         return {}
     with tempfile.TemporaryDirectory() as folder:

@@ -280,15 +280,20 @@ class Pretrain(Run):
     def learner(self, samples: Samples) -> Learner:
         """The masked autoencoder, as its builder initialises it.
 
-        Raises ValueError where a contrastive one is given single views.
+        Raises ValueError where a contrastive one is given single views, or another two.
         """
         if isinstance(self.model, CMAE):
             if views(samples) != 2:
                 raise ValueError(
                     f"CMAE compares two views of each sample, {type(self.data).__name__} gives one: "
-                    "data=TwoViews(source=...), of convmae.views"
+                    "data=TwoViews(source=...), of convmae.two_views"
                 )
             return Contrast(self.model.build())
+        if views(samples) == 2:
+            raise ValueError(
+                f"{type(self.data).__name__} gives two views of each sample, {type(self.model).__name__} takes one: "
+                "data=data.source, or model=CMAE(mae=...)"
+            )
         return Reconstruction(self.model.build())
 
     def examination(self, learner: Learner, world: World, beat: Callable[[], None]) -> Examination | None:
@@ -326,7 +331,7 @@ def refusal_beside(run: Run, kept: Any) -> str | None:
             f"{run.folder} holds a {type(before).__name__}, this run is a {type(run).__name__}: give it another folder "
             "with --folder"
         )
-    # contrast is with the samples of a micro-batch
+    # contrast is with the samples of a micro-batch, of all processes
     free = [name for name in FREE if name != "micro_batch" or not isinstance(run.model, CMAE)]
     changed = [
         f"{one.name}: {getattr(before, one.name)!r}, now {getattr(run, one.name)!r}"

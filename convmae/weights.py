@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from . import checkpoint, foreign, official, official_cmae
 from .nn.classifier import Pooling
 from .nn.contrast import ContrastiveMaskedAutoencoder
+from .official_cmae import Channels as Channels
 from .run_folder import LAST, kept_in
 
 _log = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ def load(
     size: int | Sequence[int] | None = None,
     average: bool = False,
     encoder: Encoder = "online",
+    channels: Channels = "rgb",
     heads: int | None = None,
     decoder_heads: int | None = None,
     pooling: Pooling | None = None,
 ) -> Any:
     """The model that a run's folder, a file or a state dict holds, on the CPU in evaluation mode, with its builder.
 
-    Recognised by what they hold are `READABLE`; a logged line says what it was taken for. Weights of the authors' CMAE
-    are taken as made for RGB images: for the released ones, which saw BGR, use `official_cmae.load`.
+    Recognised by what they hold are `READABLE`; a logged line says what it was taken for.
 
     Args:
         source: a run's folder, a folder that `hub.save_pretrained` wrote, a file of torch's or safetensors, or a state
@@ -50,6 +51,7 @@ def load(
         average: take the averaged weights that a finetuning run has kept.
         encoder: of a contrastive masked autoencoder (CMAE) "target" puts the target's trunk, and its fusion, in the
             place of the online ones.
+        channels: of the images that the authors' CMAE saw: the released weights saw "bgr", see `official_cmae.load`.
         heads, decoder_heads, pooling: of other people's weights, where they do not tell: see `official.load`,
             `official_cmae.load` and `foreign.load`.
 
@@ -59,7 +61,7 @@ def load(
     """
     if encoder not in ("online", "target"):
         raise ValueError(f'encoder is "online" or "target"; got {encoder!r}')
-    model = _load(source, size, average, heads, decoder_heads, pooling)
+    model = _load(source, average, _Hints(size, heads, decoder_heads, pooling, channels))
     if encoder == "target":
         if not isinstance(model, ContrastiveMaskedAutoencoder):
             raise ValueError(f"{source} holds a {type(model).__name__}, which has no target encoder: CMAE has")
@@ -68,16 +70,19 @@ def load(
     return model
 
 
-def _load(
-    source: str | Path | Mapping[str, Tensor],
-    size: int | Sequence[int] | None,
-    average: bool,
-    heads: int | None,
-    decoder_heads: int | None,
-    pooling: Pooling | None,
-) -> Any:
+class _Hints(NamedTuple):
+    """What `load` was told of other people's weights, and the size."""
+
+    size: int | Sequence[int] | None
+    heads: int | None
+    decoder_heads: int | None
+    pooling: Pooling | None
+    channels: Channels
+
+
+def _load(source: str | Path | Mapping[str, Tensor], average: bool, hints: _Hints) -> Any:
     if isinstance(source, Mapping):
-        return _others(source, "the state dict", size, heads, decoder_heads, pooling)
+        return _others(source, "the state dict", hints)
     path = Path(source)
     if path.is_dir():
         path = next((path / name for name in (LAST, SAFETENSORS) if (path / name).exists()), path / LAST)
@@ -88,27 +93,21 @@ def _load(
         if "convmae.builder" in about:
             from .hub import from_pretrained
 
-            return from_pretrained(path, size=size)
-        return _others(state, str(path), size, heads, decoder_heads, pooling)
+            return from_pretrained(path, size=hints.size)
+        return _others(state, str(path), hints)
     if kept_in(path, "builder") is not None:
-        return checkpoint.load(path, size=size, average=average)
+        return checkpoint.load(path, size=hints.size, average=average)
     content = checkpoint.read_file(path)
     if isinstance(content, Mapping) and "builder" in content:  # of another version: it says so
-        return checkpoint.load(path, size=size, average=average)
+        return checkpoint.load(path, size=hints.size, average=average)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no weights. What can be read: {READABLE}")
-    return _others(content, str(path), size, heads, decoder_heads, pooling)
+    return _others(content, str(path), hints)
 
 
-def _others(
-    content: Mapping[str, Any],
-    name: str,
-    size: int | Sequence[int] | None,
-    heads: int | None,
-    decoder_heads: int | None,
-    pooling: Pooling | None,
-) -> Any:
+def _others(content: Mapping[str, Any], name: str, hints: _Hints) -> Any:
     """The model of somebody else's state dict."""
+    size, heads, decoder_heads, pooling, channels = hints
     state = official.state_of(content)
     try:
         if "patch_embed1.proj.weight" in state:
@@ -117,8 +116,10 @@ def _others(
             )
             kind = "the authors' ConvMAE"
         elif official_cmae.recognised(state):
-            model = official_cmae.load(state, heads=heads, decoder_heads=decoder_heads or 16, size=size)
-            kind = 'the authors\' CMAE, of RGB images (official_cmae.load has channels="bgr")'
+            model = official_cmae.load(
+                state, heads=heads, decoder_heads=decoder_heads or 16, size=size, channels=channels
+            )
+            kind = f"the authors' CMAE, of {channels.upper()} images"
         elif foreign.recognised(state):
             model = foreign.load(state, size=size, heads=heads, decoder_heads=decoder_heads, pooling=pooling)
             kind = "a plain ViT"
@@ -144,17 +145,25 @@ def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} cannot be read as safetensors: {problem}") from problem
 
 
-def load_taking(axes: int, source: Path, side: int | None = None, *, other: str, encoder: Encoder = "online") -> Any:
+def load_taking(
+    axes: int,
+    source: Path,
+    side: int | None = None,
+    *,
+    other: str,
+    encoder: Encoder = "online",
+    channels: Channels = "rgb",
+) -> Any:
     """As `load`, for a command that is for inputs of so many axes, at another height and width if given.
 
     Raises ValueError where there is none, or where its inputs have other axes: they are the `other` command's.
     """
     try:
-        model = load(source, encoder=encoder)
+        model = load(source, encoder=encoder, channels=channels)
         size = model.get_submodule("trunk").size
         if len(size) != axes:
             raise ValueError(f"the model of {source} takes inputs of {size}: use `python -m {other}`")
         wanted = size if side is None else (*size[:-2], side, side)
-        return model if wanted == size else load(source, size=wanted, encoder=encoder)
+        return model if wanted == size else load(source, size=wanted, encoder=encoder, channels=channels)
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing

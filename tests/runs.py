@@ -24,6 +24,8 @@ from convmae import CMAE, AttentionStage, ConvMAE, ConvStage, masking, targets
 from convmae.builders import MAE
 from convmae.data import Sample, Samples, UnusableFileError
 from convmae.files import append_line, lines
+from convmae.images import ImageFolder, RandomResizedCrop
+from convmae.probe import Probe
 from convmae.training import Pretrain, fit
 
 
@@ -185,7 +187,8 @@ def losses(folder: Path) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = {"PosixPath": Path, "CMAE": CMAE, "masking": masking, "targets": targets}  # of what changes print as
+    ours = {kind.__name__: kind for kind in (CMAE, Probe, ImageFolder, RandomResizedCrop)}
+    names = {**ours, "PosixPath": Path, "masking": masking, "targets": targets}  # of what changes print as
     changes = eval(sys.argv[2], {**globals(), **names})
     fit(replace(TinyRun(folder=Path(sys.argv[1])).run(), **changes))
 

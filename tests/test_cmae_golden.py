@@ -587,6 +587,8 @@ def test_the_one_way_in_knows_them(recorded: Recorded, tmp_path: Path, caplog: p
     assert same(model, load(recorded.state))
     target = weights.load(path, heads=4, decoder_heads=4, encoder="target")
     assert same(target.trunk, load(recorded.state).target_encoder.trunk)
+    reversed_ = weights.load(path, heads=4, decoder_heads=4, channels="bgr")
+    assert same(reversed_, load(recorded.state, channels="bgr"))
     alone = weights.load(encoder_of(recorded.state, ""), heads=4)
     assert same(alone.trunk, model.trunk)
 

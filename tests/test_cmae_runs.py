@@ -14,6 +14,7 @@ from runs import Noise, NotOfWhite, TinyRun, TwoNoises, tiny, together
 
 import video.recipes
 from convmae import CMAE, checkpoint, masking, recipes
+from convmae.data import Stream
 from convmae.files import lines
 from convmae.finetune import Finetune
 from convmae.images import ImageFolder
@@ -21,7 +22,7 @@ from convmae.learners import Contrast
 from convmae.nn.contrast import ContrastiveMaskedAutoencoder
 from convmae.probe import Probe
 from convmae.training import Pretrain, fit, steps
-from convmae.views import TwoViews
+from convmae.two_views import TwoViews
 from convmae.weights import load
 from video import VideoConvMAE
 
@@ -107,7 +108,9 @@ def test_several_processes_learn_what_one_learns(
 ) -> None:
     """Uneven shares, and samples that cannot be loaded: the same loss, the same weights, the same statistics."""
     data = TwoNoises(bad=bad, count=24)
-    options: dict[str, Any] = {"data": data, "batch_size": 7, "epochs": 1, "clip_gradient": 1.0}
+    probe = Probe(train=ImageFolder(split="train"), test=ImageFolder(split="val"), per_class=1, kinds=("knn",))
+    options: dict[str, Any] = {"data": data, "batch_size": 7, "epochs": 1, "clip_gradient": 1.0, "pictures": 2}
+    options["probe"] = probe
     assert fit(a_run(tmp_path / "one", **options))
     in_processes(tmp_path / "several", world, parallel=parallel, **options)
     one, several = newest(tmp_path / "one"), newest(tmp_path / "several")
@@ -117,6 +120,10 @@ def test_several_processes_learn_what_one_learns(
     for first, other in zip(*(list(lines(tmp_path / n / "metrics.jsonl")) for n in ("one", "several")), strict=True):
         for name in (*WATCHED, "loss"):
             assert other[name] == pytest.approx(first[name], rel=2e-3, abs=2e-4), name
+    scores = [list(lines(tmp_path / name / "scores.jsonl")) for name in ("one", "several")]
+    assert [line["step"] for line in scores[1]] == [line["step"] for line in scores[0]] == [0, 3]
+    assert scores[1][0]["knn_top1"] == scores[0][0]["knn_top1"]
+    assert len(list((tmp_path / "several" / "pictures").glob("*.png"))) == 2
 
 
 def test_the_target_follows_once_a_step_whatever_is_accumulated(
@@ -166,6 +173,41 @@ def test_another_micro_batch_is_another_run_for_keys_are_those_of_one(tmp_path: 
 def test_single_views_are_refused_with_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two views of each sample, Noise gives one: data=TwoViews\(source"):
         list(steps(a_run(tmp_path, data=Noise())))
+
+
+def test_two_views_are_refused_where_one_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"TwoNoises gives two views of each sample, ConvMAE takes one: data=data.source"
+    ):
+        list(steps(a_run(tmp_path, model=tiny())))
+
+
+def test_a_sample_by_itself_is_refused_for_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="takes one at a time: raise --batch-size or --micro-batch"):
+        list(steps(a_run(tmp_path, micro_batch=1)))
+
+
+def test_rows_are_filled_up_to_the_share_and_no_further() -> None:
+    samples = TwoNoises(count=20).open((32, 32))
+    for world, micro_batch, most in ((1, None, 8), (2, None, 4), (3, None, 3), (8, 8, 1), (2, 3, 3)):
+        stream = Stream(samples, (32, 32), 0, 8, world=world, micro_batch=micro_batch)
+        assert stream.most == most == max(len(share) for share in stream.share(0))
+
+
+def test_samples_that_promise_a_second_view_must_give_it() -> None:
+    learner = Contrast(contrastive().build())
+    learner.begin(2)
+    with pytest.raises(ValueError, match="must give Sample"):
+        learner.inputs(learner.nothing(2)._replace(second=None), torch.device("cpu"), torch.Generator())
+
+
+def test_a_step_without_a_usable_sample_in_a_world_of_one_leaves_the_statistics(tmp_path: Path) -> None:
+    run = a_run(tmp_path, data=TwoNoises(count=8, bad=(0, 1, 2, 3)), batch_size=2, epochs=1, micro_batch=2)
+    list(steps(run))
+    counted = newest(tmp_path)["weights"]["projector.1.num_batches_tracked"]
+    usable = sum(line["samples_per_second"] > 0 for line in lines(tmp_path / "metrics.jsonl"))
+    assert int(counted) <= 4
+    assert usable == 0 or int(counted) >= 1
 
 
 def test_the_rows_of_processes_are_filled_up_with_some_that_do_not_count() -> None:

@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"convmae.evaluation"},
     {"convmae.images"},
     {"convmae.augmentation", "convmae.export", "convmae.features", "convmae.hub", "convmae.probe", "convmae.shards"},
-    {"convmae.learners", "convmae.views"},
+    {"convmae.learners", "convmae.two_views"},
     {"convmae.run"},
     {"convmae.finetune", "convmae.progress"},
     {"convmae.attention_pictures", "convmae.gallery", "convmae.keeper"},

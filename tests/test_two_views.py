@@ -19,7 +19,7 @@ from convmae.data import Batch, Sample, Stream
 from convmae.images import ImageFolder, RandomResizedCrop
 from convmae.launch import _told, _with_data
 from convmae.shards import main, write_shard
-from convmae.views import COLOUR, TwoViews
+from convmae.two_views import COLOUR, TwoViews
 from video import readers
 from video.clips import Dense, Segments, Twice
 from video.datasets import Kinetics
@@ -446,6 +446,8 @@ def test_the_launchers_flag_and_variable_reach_the_source_of_the_views(
 
 
 def test_what_cannot_be_is_refused_with_what_to_change() -> None:
+    with pytest.raises(ValueError, match="from 0 for each axis; got 32"):
+        TwoViews(source=ImageFolder(), shift=32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"from 0 for each axis; got \(-1, 3\)"):
         TwoViews(source=ImageFolder(), shift=(-1, 3))
     with pytest.raises(ValueError, match=r"shift=\(32, 32\) has 2 axes, the model's input \(8, 32, 32\) has 3"):

@@ -33,7 +33,9 @@ class _Options(features.Options):
 
 
 def _extract(options: _Options) -> int:
-    model = weights.load_taking(3, options.model, options.size, other="convmae.features", encoder=options.encoder)
+    model = weights.load_taking(
+        3, options.model, options.size, other="convmae.features", encoder=options.encoder, channels=options.channels
+    )
     videos = Videos(root=options.data.absolute(), sampling=Dense(stride=options.stride))
     return features.carry_out(options, model, videos.as_test(clips=options.clips))
 

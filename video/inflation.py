@@ -154,6 +154,8 @@ class _Options:
         rule: where the weights go along time: all in the centre, or their mean in each frame.
         temporal_positions: tell times by fixed positions: to go on with masked pretraining, which trains none.
         average: the averaged weights that a finetuning run kept.
+        encoder: of a CMAE: online or target.
+        channels: of the authors' CMAE: rgb, or bgr, which the released weights saw.
     """
 
     source: Path
@@ -164,13 +166,17 @@ class _Options:
     rule: Rule = "centre"
     temporal_positions: bool = False
     average: bool = False
+    encoder: weights.Encoder = "online"
+    channels: weights.Channels = "rgb"
 
 
 def _write(options: _Options) -> int:
     if options.out.is_dir():
         raise ValueError(f"{options.out} is a folder: name the file to write, as {options.out / 'clips.pt'}")
     try:
-        image_model = weights.load(options.source, average=options.average)
+        image_model = weights.load(
+            options.source, average=options.average, encoder=options.encoder, channels=options.channels
+        )
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing
     model = inflate(

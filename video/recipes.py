@@ -10,7 +10,7 @@ from convmae.augmentation import RandAugment
 from convmae.finetune import Finetune
 from convmae.images import RandomResizedCrop
 from convmae.training import Pretrain
-from convmae.views import TwoViews
+from convmae.two_views import TwoViews
 
 from .builders import VideoConvMAE
 from .clips import Dense

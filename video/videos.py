@@ -64,7 +64,7 @@ class Clips:
     def twice(self, by: int) -> Self:
         """The same videos, opened for `(2 * T, H, W)`: T frames, and after them T that begin up to `by - 1` later.
 
-        Both are cropped, flipped and augmented alike. See `video.clips.Twice`, and `convmae.views`.
+        Both are cropped, flipped and augmented alike. See `video.clips.Twice`, and `convmae.two_views`.
 
         Raises ValueError for a test, and for less than one place.
         """

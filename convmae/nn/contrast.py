@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..grids import Shown
 from ..targets import normalize
 from .layers import DropPath
-from .masked_autoencoder import Decoder, MaskedAutoencoder
+from .masked_autoencoder import Decoder, MaskedAutoencoder, fused
 from .trunk import Trunk
 
 HEAD_EPS = 1e-6  # of the heads' BatchNorm in CMAE's code
@@ -42,9 +42,9 @@ class BatchNorm(nn.BatchNorm1d):
         if whole and self.weight.dtype == precise.dtype:
             return super().forward(precise).to(x.dtype)
         weight = precise.new_ones(len(x), 1) if valid is None else valid.to(precise.dtype)[:, None]
-        rows = summed(weight.sum())
-        count = rows.clamp(min=1)
-        mean = summed((weight * precise).sum(0)) / count
+        sums = summed(torch.cat([weight.sum(0), (weight * precise).sum(0)]))
+        rows, count = sums[0], sums[0].clamp(min=1)
+        mean = sums[1:] / count
         centred = precise - mean
         variance = summed((weight * centred.square()).sum(0)) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1), rows.detach() > 0)
@@ -99,10 +99,7 @@ class TargetEncoder(nn.Module):
         `x (B, C, *size)` normalised; valid: see `BatchNorm`.
         """
         maps, _ = self.trunk(x)
-        latent = maps[-1]
-        for convolution, finer in zip(self.fusion, maps, strict=False):
-            latent = latent + convolution(finer)
-        keys: Tensor = self.projector(latent.flatten(1, -2).mean(1), valid)
+        keys: Tensor = self.projector(fused(maps, self.fusion).flatten(1, -2).mean(1), valid)
         return keys
 
 
@@ -141,7 +138,7 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
             plain.decoder,
             masking=plain.masking,
             target=plain.target,
-            fusion=len(plain.fusion) > 0,
+            fusion=False,
             part=plain.part,
         )
         self.fusion, self.norm = plain.fusion, plain.norm
@@ -255,7 +252,7 @@ def contrastive_loss(
         logits = (queries @ everyones.T / temperature).masked_fill(~theirs, -math.inf)
     rank = 0 if alone or _processes() == 1 else dist.get_rank()
     own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
-    # a row that does not count has its own key's logit alone: it is there, so that no NaN comes of it
+    # of a row that does not count all logits are 0, so that no NaN comes of it
     logits = torch.where(counted[:, None], logits, 0.0)
     share = counted.to(precision) / counted.sum().clamp(min=1)
     error = F.cross_entropy(logits, own, reduction="none")

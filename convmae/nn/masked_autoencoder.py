@@ -14,7 +14,7 @@ from ..targets import Target, normalize
 from .layers import ATTENTION_EPS, AttentionBlock, PatchConvolution
 from .positions import sincos
 from .squared_error import squared_error
-from .trunk import Trunk
+from .trunk import Features, Trunk
 
 
 class Decoder(nn.Module):
@@ -53,6 +53,14 @@ class Decoder(nn.Module):
         predicted = len(positions) if shown.decoded is None else shown.decoded.shape[1]
         out: Tensor = self.head(self.norm(tokens[:, -predicted:]))
         return out
+
+
+def fused(maps: Sequence[Tensor], fusion: nn.ModuleList) -> Tensor:
+    """The last stage's map `(R, V, *tile, D)`, and the earlier ones' brought to its width and grid, one each."""
+    latent = maps[-1]
+    for convolution, finer in zip(fusion, maps, strict=False):
+        latent = latent + convolution(finer)
+    return latent
 
 
 class MaskedAutoencoder(nn.Module):
@@ -97,9 +105,7 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, x: Tensor, shown: Shown) -> tuple[Tensor, Tensor | None]:
         """Pixels `(B, C, *size)` to the latent `(R, V, D)` of shown tokens, and the class token `(R, 1, D)` or None."""
         maps, class_token = self.trunk(x, shown)
-        latent = maps[-1]
-        for convolution, finer in zip(self.fusion, maps, strict=False):
-            latent = latent + convolution(finer)
+        latent = fused(maps, self.fusion)
         return self.norm(latent.flatten(1, -2)), None if class_token is None else self.norm(class_token)
 
     def forward(self, x: Tensor, mask: Tensor | Shown | None = None) -> dict[str, Tensor]:
@@ -123,6 +129,11 @@ class MaskedAutoencoder(nn.Module):
         latent, class_token = self.encode(x, shown)
         prediction = self.decoder(latent, shown, class_token)
         return {"loss": self.loss(x, prediction, shown), "prediction": prediction, "mask": shown.hidden}
+
+    def features(self, x: Tensor) -> Features:
+        """The trunk's features of the whole input, as a probe asks for them: `x (B, C, *size)`, normalised."""
+        found: Features = self.trunk(x)
+        return found
 
     def hide(self, x: Tensor, mask: Tensor | Shown | None) -> tuple[Tensor, Shown]:
         """The input normalised, and what is shown of it; takes and raises what `forward` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ class TwoViews:
     colour: tuple[Augment, ...] = COLOUR
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shift", tuple(self.shift))
-        if not all(isinstance(places, int) and places >= 0 for places in self.shift):
+        if isinstance(self.shift, Sequence):
+            object.__setattr__(self, "shift", tuple(self.shift))
+        if not isinstance(self.shift, tuple) or not all(
+            isinstance(places, int) and places >= 0 for places in self.shift
+        ):
             raise ValueError(f"TwoViews: shift has a number of places from 0 for each axis; got {self.shift!r}")
 
     @property
