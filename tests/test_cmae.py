@@ -394,7 +394,8 @@ def pooled(model: ContrastiveMaskedAutoencoder, second: Tensor) -> Tensor:
 def cross_entropy(queries: Tensor, keys: Tensor, temperature: float) -> tuple[float, float]:
     """CMAE's contrastive loss with 2 tau before it, and the mean cosine of the pairs, sample by sample."""
     rows = []
-    q, k = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (queries.detach().numpy(), keys.numpy()))
+    both = (queries.detach().numpy(), keys.numpy())  # a tiny head may give nothing but zeros: they stay
+    q, k = (one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-12) for one in both)
     for number, query in enumerate(q):
         powers = np.exp(k @ query / temperature)
         rows.append(-np.log(powers[number] / powers.sum()))
