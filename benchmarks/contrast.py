@@ -11,26 +11,21 @@ the picture both losses, agreement and spread over time, and the probes. Nothing
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transfer import Setting, carry_out, finish, parser, pretraining, seconds
 
 from convmae import CMAE
-from convmae.files import lines, write_whole
+from convmae.files import lines
 from convmae.pictures import smoothed
 from convmae.run import Pretrain
 from convmae.two_views import TwoViews
-
-if __name__ != "__main__":
-    from transfer import Setting, finish, for_images, for_video, pretraining, seconds
 
 SIDES = ("without contrast", "CMAE")
 MOMENTUM = 0.99
@@ -124,37 +119,7 @@ def draw(found: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("video", "images"))
-    parser.add_argument(
-        "--data", type=Path, help="for images: a folder with train/ and val/; without it the demo stills"
-    )
-    parser.add_argument("--folder", type=Path, help="of the runs (default: runs/transfer-KIND, as transfer.py's)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", type=int, metavar="SEED", help="this seed alone, without table")
-    parser.add_argument("--pretrain-epochs", type=float)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--picture", type=Path, help="(default: contrast.png in the folder)")
-    given = parser.parse_args()
-    if given.kind == "images":
-        from convmae.demo import make
-
-        setting = for_images(make() if given.data is None else given.data.absolute())
-    else:
-        setting = for_video()
-    if given.pretrain_epochs:
-        setting = replace(setting, pretrain_epochs=given.pretrain_epochs)
-    folder = given.folder or Path(f"runs/transfer-{given.kind}")
-    if given.only is not None:
-        one_seed(setting, given.only, folder, given.workers)
-        return
-    began = time.monotonic()
-    found = [one_seed(setting, seed, folder, given.workers) for seed in range(given.seeds)]
-    print(f"\n{table(found)}\n{(time.monotonic() - began) / 60:.0f} minutes, torch {torch.__version__}")
-    picture = given.picture or folder / "contrast.png"
-    draw(found, picture)
-    write_whole(folder / "contrast.json", json.dumps(found, indent=1))
-    print(picture)
+    carry_out(parser(__doc__).parse_args(), "contrast", one_seed, table, draw, picture="contrast.png")
 
 
 if __name__ == "__main__":  # checkpoints name the classes by their module, which is then not __main__

@@ -20,10 +20,10 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +40,9 @@ from video import VideoConvMAE
 from video.clips import Dense
 from video.demo import make as motions
 from video.videos import Videos
+
+F = TypeVar("F")
+"""What is found of a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,34 +298,40 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("video", "images"))
-    parser.add_argument(
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The flags that scripts over several seeds have in common."""
+    flags = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("kind", choices=("video", "images"))
+    flags.add_argument(
         "--data", type=Path, help="for images: a folder with train/ and val/; without it the demo stills"
     )
-    parser.add_argument("--folder", type=Path, help="of the runs (default: runs/transfer-KIND)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--only", type=int, metavar="SEED", help="this seed's runs, without table: for several at a time"
-    )
-    parser.add_argument("--pretrain-epochs", type=float)
-    parser.add_argument("--finetune-epochs", type=float)
-    parser.add_argument("--per-class", type=int, help="labelled samples of each class")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--picture", type=Path, help="(default: curves.png in the folder)")
-    given = parser.parse_args()
+    flags.add_argument("--folder", type=Path, help="of the runs (default: runs/transfer-KIND)")
+    flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--only", type=int, metavar="SEED", help="this seed alone, without table: for several at a time")
+    flags.add_argument("--pretrain-epochs", type=float)
+    flags.add_argument("--workers", type=int, default=1)
+    flags.add_argument("--picture", type=Path, help="(default: in the folder)")
+    return flags
+
+
+def carry_out(
+    given: argparse.Namespace,
+    name: str,
+    one_seed: Callable[[Setting, int, Path, int], F],
+    table: Callable[[Sequence[F]], str],
+    draw: Callable[[Sequence[F], Path], None],
+    *,
+    picture: str,
+) -> None:
+    """All seeds, their table, picture and figures; or the one that is asked for."""
     if given.kind == "images":
         from convmae.demo import make
 
         setting = for_images(make() if given.data is None else given.data.absolute())
     else:
         setting = for_video()
-    changes = {
-        name: value for name in ("pretrain_epochs", "finetune_epochs", "per_class") if (value := vars(given)[name])
-    }
-    setting = replace(setting, **changes)
+    numbers = ("pretrain_epochs", "finetune_epochs", "per_class")
+    setting = replace(setting, **{number: value for number in numbers if (value := vars(given).get(number))})
     folder = given.folder or Path(f"runs/transfer-{given.kind}")
     if given.only is not None:
         one_seed(setting, given.only, folder, given.workers)
@@ -330,10 +339,18 @@ def main() -> None:
     began = time.monotonic()
     found = [one_seed(setting, seed, folder, given.workers) for seed in range(given.seeds)]
     print(f"\n{setting}\n\n{table(found)}\n{(time.monotonic() - began) / 60:.0f} minutes, torch {torch.__version__}")
-    picture = given.picture or folder / "curves.png"
-    draw(found, picture)
-    write_whole(folder / "transfer.json", json.dumps(found, indent=1))
-    print(picture)
+    path = given.picture or folder / picture
+    draw(found, path)
+    write_whole(folder / f"{name}.json", json.dumps(found, indent=1))
+    print(path)
+
+
+def main() -> None:
+    """The command line."""
+    flags = parser(__doc__)
+    flags.add_argument("--finetune-epochs", type=float)
+    flags.add_argument("--per-class", type=int, help="labelled samples of each class")
+    carry_out(flags.parse_args(), "transfer", one_seed, table, draw, picture="curves.png")
 
 
 if __name__ == "__main__":  # checkpoints name the classes by their module, which is then not __main__

@@ -346,14 +346,7 @@ def carry_out(options: Options, model: nn.Module, pixels_of: Callable[[Path, Gri
 
 
 def _draw(options: Options) -> int:
-    model = load_taking(
-        2,
-        options.model,
-        options.size,
-        other="video.attention_pictures",
-        encoder=options.encoder,
-        channels=options.channels,
-    )
+    model = load_taking(2, options, other="video.attention_pictures")
 
     def pixels_of(file: Path, size: Grid) -> Tensor:
         return CentreCrop(ratio=1)(read(file), (size[0], size[1]), torch.Generator())

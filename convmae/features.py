@@ -451,9 +451,7 @@ def carry_out(options: Options, model: nn.Module, source: Source) -> int:
 
 
 def _extract(options: Options) -> int:
-    model = weights.load_taking(
-        2, options.model, options.size, other="video.features", encoder=options.encoder, channels=options.channels
-    )
+    model = weights.load_taking(2, options, other="video.features")
     return carry_out(options, model, ImageFolder(root=options.data.absolute()).as_test())
 
 

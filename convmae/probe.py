@@ -497,9 +497,7 @@ class Options:
 
 def carry_out(options: Options, train: Source, test: Source, *, axes: int, other: str) -> int:
     """Probe the model of the options on these sources, and print what it gave."""
-    model = weights.load_taking(
-        axes, options.model, options.size, other=other, encoder=options.encoder, channels=options.channels
-    )
+    model = weights.load_taking(axes, options, other=other)
     if options.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:

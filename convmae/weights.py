@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -145,25 +146,42 @@ def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} cannot be read as safetensors: {problem}") from problem
 
 
-def load_taking(
-    axes: int,
-    source: Path,
-    side: int | None = None,
-    *,
-    other: str,
-    encoder: Encoder = "online",
-    channels: Channels = "rgb",
-) -> Any:
+class Wanted(Protocol):
+    """The options of a command by which it takes a model."""
+
+    @property
+    def model(self) -> Path:
+        """A run's folder, or a file that `load` reads."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Height and width of the input; None: the model's."""
+        ...
+
+    @property
+    def encoder(self) -> Encoder:
+        """Of a CMAE."""
+        ...
+
+    @property
+    def channels(self) -> Channels:
+        """Of the authors' CMAE."""
+        ...
+
+
+def load_taking(axes: int, options: Wanted, *, other: str) -> Any:
     """As `load`, for a command that is for inputs of so many axes, at another height and width if given.
 
     Raises ValueError where there is none, or where its inputs have other axes: they are the `other` command's.
     """
+    found = partial(load, options.model, encoder=options.encoder, channels=options.channels)
     try:
-        model = load(source, encoder=encoder, channels=channels)
+        model = found()
         size = model.get_submodule("trunk").size
         if len(size) != axes:
-            raise ValueError(f"the model of {source} takes inputs of {size}: use `python -m {other}`")
-        wanted = size if side is None else (*size[:-2], side, side)
-        return model if wanted == size else load(source, size=wanted, encoder=encoder, channels=channels)
+            raise ValueError(f"the model of {options.model} takes inputs of {size}: use `python -m {other}`")
+        wanted = size if options.size is None else (*size[:-2], options.size, options.size)
+        return model if wanted == size else found(size=wanted)
     except FileNotFoundError as missing:
         raise ValueError(f"{missing}: give a run's folder, or a checkpoint") from missing

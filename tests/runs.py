@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,20 @@ def meeting(world: int) -> dict[str, str]:
         return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
-def together(
-    folder: Path, world: int, *, interrupt_at: int | None = None, **changes: Any
+def several(
+    world: int,
+    *words: str | Path,
+    seconds: float = 180,
+    meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> tuple[list[int], list[str]]:
-    """Fit the tiny run in so many processes: their exit codes and output; interrupted once a step was reached."""
+    """Run Python with these words in so many processes that meet, from this folder: their exit codes and output.
+
+    `meanwhile` is called with the last one, while they run.
+    """
     ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "runs.py", folder, f"dict({', '.join(f'{k}={v!r}' for k, v in changes.items())})"],
+            [sys.executable, *words],
             env={**os.environ, **ours, "RANK": str(rank)},
             cwd=Path(__file__).parent,
             text=True,
@@ -168,17 +175,30 @@ def together(
         for rank in range(world)
     ]
     try:
-        until = time.monotonic() + 120
-        while interrupt_at is not None and time.monotonic() < until:
-            if any(line["step"] >= interrupt_at for line in lines(folder / "metrics.jsonl")):
-                processes[-1].send_signal(signal.SIGTERM)  # any rank may be the one that is told
-                break
-            time.sleep(0.05)
-        said = [process.communicate(timeout=180)[0] for process in processes]
+        if meanwhile is not None:
+            meanwhile(processes[-1])
+        said = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], said
+
+
+def together(
+    folder: Path, world: int, *, interrupt_at: int | None = None, **changes: Any
+) -> tuple[list[int], list[str]]:
+    """Fit the tiny run in so many processes: their exit codes and output; interrupted once a step was reached."""
+
+    def interrupt(process: subprocess.Popen[str]) -> None:  # any rank may be the one that is told
+        until = time.monotonic() + 120
+        while interrupt_at is not None and time.monotonic() < until:
+            if any(line["step"] >= interrupt_at for line in lines(folder / "metrics.jsonl")):
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.05)
+
+    given = f"dict({', '.join(f'{name}={value!r}' for name, value in changes.items())})"
+    return several(world, "runs.py", folder, given, meanwhile=interrupt)
 
 
 def losses(folder: Path) -> list[float]:

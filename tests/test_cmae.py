@@ -11,7 +11,6 @@ import importlib
 import math
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from golden import explanation, needs_shared
+from runs import several
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -1099,23 +1099,8 @@ def main() -> None:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes, and the first two of them, have found."""
     folder = tmp_path_factory.mktemp("together")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "test_cmae.py", folder],
-            env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(4)
-    ]
-    try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * 4, "\n".join(said)
+    codes, said = several(4, "test_cmae.py", folder)
+    assert codes == [0] * 4, "\n".join(said)
     return folder
 
 

@@ -5,8 +5,6 @@ last digits, and lie as far from their float32 as their own; and in float32.
 """
 
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from golden import explanation, needs_shared, tensors, under
-from runs import meeting
+from runs import several
 from torch import Tensor, nn
 
 from convmae import CMAE, MAE, AttentionStage, masking, official_cmae, weights
@@ -360,24 +358,8 @@ def uneven(mask: Tensor) -> Shown:
 @pytest.fixture(scope="module")
 def told_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("told")
-    ours = {**meeting(2), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, out],
-            env={**os.environ, **ours, "RANK": str(rank)},
-            cwd=Path(__file__).parent,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    codes, said = several(2, __file__, out, seconds=300)
+    assert codes == [0, 0], "\n".join(said)
     return out
 
 

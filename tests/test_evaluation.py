@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import pytest
 import torch
 from media import CLIPS, MEDIA, UNUSABLE, counting, needs_media
 from PIL import Image
-from runs import meeting
+from runs import several
 from torch import Tensor, nn
 
 from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation, manifest
@@ -400,24 +399,7 @@ def source(root: Path) -> Videos:
 
 def together(out: Path, world: int, *jobs: dict[str, Any]) -> list[tuple[int, str]]:
     """Carry out tests in so many processes: their exit codes and output; each leaves its scores in the folder."""
-    ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, out, repr(jobs)],
-            env={**os.environ, **ours, "RANK": str(rank)},
-            cwd=Path(__file__).parent,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
+    return list(zip(*several(world, __file__, out, repr(jobs), seconds=300), strict=True))
 
 
 def main() -> None:

@@ -4,8 +4,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from golden import needs_shared, tensors, under
 from numpy.typing import NDArray
 from PIL import Image
-from runs import meeting, tiny
+from runs import several, tiny
 from torch import Tensor
 
 from convmae import checkpoint, official
@@ -347,20 +345,8 @@ from test_finetune import a_run
 changes = eval(sys.argv[3])
 assert fit(a_run(Path(sys.argv[1]), Path(sys.argv[2]), device="cpu", **changes))
 """
-    ours = {**meeting(world), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), str(root), repr(changes)],
-            env={**os.environ, **ours, "RANK": str(rank)},
-            cwd=Path(__file__).parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * world, "\n".join(said)
+    codes, said = several(world, "-c", code, folder, root, repr(changes), seconds=240)
+    assert codes == [0] * world, "\n".join(said)
 
 
 @pytest.mark.slow

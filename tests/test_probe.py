@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TinyRun, meeting, tiny
+from runs import TinyRun, several, tiny
 from timm.optim.lars import Lars
 from torch import nn
 
@@ -242,16 +239,8 @@ with join("cpu") as world:
     open(f"{sys.argv[1]}/{world.size}-{world.rank}.json", "w").write(json.dumps(found))
 """
     for size in (1, 2, 3):
-        ours = meeting(size)
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(tmp_path)],
-                env={**os.environ, **ours, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                cwd=Path(__file__).parent,
-            )
-            for rank in range(size)
-        ]
-        assert [process.wait(timeout=240) for process in started] == [0] * size
+        codes, said = several(size, "-c", code, tmp_path, seconds=240)
+        assert codes == [0] * size, "\n".join(said)
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     assert len(found) == 6
     for one in found[1:]:

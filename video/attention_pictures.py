@@ -30,14 +30,7 @@ class _Options(attention_pictures.Options):
 
 
 def _draw(options: _Options) -> int:
-    model = load_taking(
-        3,
-        options.model,
-        options.size,
-        other="convmae.attention_pictures",
-        encoder=options.encoder,
-        channels=options.channels,
-    )
+    model = load_taking(3, options, other="convmae.attention_pictures")
     clips = Clips(sampling=Dense(stride=options.stride)).as_test()
 
     def pixels_of(file: Path, size: Grid) -> Tensor:

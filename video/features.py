@@ -33,9 +33,7 @@ class _Options(features.Options):
 
 
 def _extract(options: _Options) -> int:
-    model = weights.load_taking(
-        3, options.model, options.size, other="convmae.features", encoder=options.encoder, channels=options.channels
-    )
+    model = weights.load_taking(3, options, other="convmae.features")
     videos = Videos(root=options.data.absolute(), sampling=Dense(stride=options.stride))
     return features.carry_out(options, model, videos.as_test(clips=options.clips))
 

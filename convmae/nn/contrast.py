@@ -22,9 +22,9 @@ HEAD_EPS = 1e-6  # of the heads' BatchNorm in CMAE's code
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the batches of all processes together, on any device; in a world of one torch's own.
+    """BatchNorm over the batches of all processes together, on any device; in a world of one as torch's.
 
-    Buffers are kept as torch's SyncBatchNorm keeps them, which knows GPUs alone, and no rows that count for nothing.
+    As torch's SyncBatchNorm, which knows GPUs alone; and rows may count for nothing.
     """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
