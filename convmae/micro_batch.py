@@ -73,8 +73,8 @@ class Rehearsal:
     def __init__(self, run: Pretrain, device: torch.device, *, model: MaskedAutoencoder | None = None) -> None:
         self.run, self.device = run, device
         self.model = (run.model.build() if model is None else model).to(device).train()
-        if run.recompute:
-            recompute(self.model)
+        if run.recompute or run.recompute_stages:
+            recompute(self.model, run.recompute_stages)
         if run.compile:
             compile_step(self.model, self.model)
         self.autocast = autocast(run, device)
@@ -248,7 +248,7 @@ def largest(
         (one.samples, one.peak_bytes) for one in trials if one.peak_bytes is not None and one.peak_bytes <= limit
     ]
     if not fitting:
-        already = ["recompute=True"] if not run.recompute else []
+        already = ["recompute"] if not run.recompute else []
         ways = " or ".join([*already, "a smaller model or input"])
         raise ValueError(f"not one sample fits {limit / 2**30:.1f} GiB; {ways} takes less, and fsdp on several GPUs")
     samples, taken = max(fitting)
@@ -264,6 +264,7 @@ class _Options:
         size: another size of the recipe's model: the trunk and decoder of that preset.
         input: another input size in pixels: one number for height and width, or all axes.
         recompute: recompute in the backward pass.
+        recompute_stages: in these stages of the trunk alone, counted from 0.
         compile: torch.compile; every trial compiles, which takes a minute or more each.
         precision: of the forward; None: the recipe's.
         at_most: samples; no more are tried. None: the recipe's batch size.
@@ -274,6 +275,7 @@ class _Options:
     size: Literal["small", "base", "large", "huge"] | None = None
     input: tuple[int, ...] = ()
     recompute: bool = False
+    recompute_stages: tuple[int, ...] = ()
     compile: bool = False
     precision: Literal["auto", "float32", "bfloat16"] | None = None
     at_most: int | None = None
@@ -286,7 +288,9 @@ class _Options:
             model = sized(model, self.size)
         if self.input:
             model = model.input(self.input[0] if len(self.input) == 1 else self.input)
-        run = replace(run, model=model, recompute=self.recompute or run.recompute, compile=self.compile or run.compile)
+        run = replace(run, model=model, compile=self.compile or run.compile)
+        if self.recompute or self.recompute_stages:
+            run = replace(run, recompute=self.recompute, recompute_stages=self.recompute_stages)
         if self.precision is not None:
             run = replace(run, precision=self.precision)
         return run if self.at_most is None else replace(run, batch_size=self.at_most)

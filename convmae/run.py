@@ -31,6 +31,7 @@ FREE = (
     "device",
     "parallel",
     "recompute",
+    "recompute_stages",
     "compile",
     "deterministic",
     "checkpoint_minutes",
@@ -139,6 +140,8 @@ class Run(Task):
         micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
+        recompute_stages: the same in these stages of the trunk alone, counted from 0; those of convolutions take much
+            memory and little time. (): as `recompute` says.
         compile: torch.compile for forward and backward, under fsdp for their blocks: minutes before the first step.
         deterministic: no kernels that add up in changing order, for the same bits every time on a GPU too.
         checkpoint_minutes: time between checkpoints; 0: after every step.
@@ -168,6 +171,7 @@ class Run(Task):
     micro_batch: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     recompute: bool = False
+    recompute_stages: tuple[int, ...] = ()
     compile: bool = False
     deterministic: bool = False
     checkpoint_minutes: float = 10
@@ -197,6 +201,13 @@ class Run(Task):
             ("clip_gradient", "0 or more", self.clip_gradient >= 0),
             ("micro_batch", "1 or more, or None", self.micro_batch is None or self.micro_batch >= 1),
             ("parallel", "ddp or fsdp", self.parallel in ("ddp", "fsdp")),
+            (
+                "recompute_stages",
+                "stages of the trunk, counted from 0, each once; or (), as with recompute, which takes all of them",
+                len(set(self.recompute_stages)) == len(self.recompute_stages)
+                and min(self.recompute_stages, default=0) >= 0
+                and not (self.recompute and self.recompute_stages),
+            ),
             ("checkpoint_minutes", "0 or more", self.checkpoint_minutes >= 0),
             ("checkpoint_steps", "1 or more, or None", self.checkpoint_steps is None or self.checkpoint_steps >= 1),
             ("keep_last", "1 or more", self.keep_last >= 1),
@@ -275,7 +286,12 @@ class Pretrain(Run):
 
     def demands(self) -> list[tuple[str, str, bool]]:
         """What the fields must be."""
-        return [*super().demands(), ("pictures", "0 or more", self.pictures >= 0)]
+        count = len(self.model.mae.trunk if isinstance(self.model, CMAE) else self.model.trunk)
+        return [
+            *super().demands(),
+            ("recompute_stages", f"some of {tuple(range(count))}", set(self.recompute_stages) <= set(range(count))),
+            ("pictures", "0 or more", self.pictures >= 0),
+        ]
 
     def learner(self, samples: Samples) -> Learner:
         """The masked autoencoder, as its builder initialises it.

@@ -125,8 +125,8 @@ class Session:
             micro_batch=run.micro_batch,
             draw_mask=learner.draw_mask,
         )
-        if run.recompute:
-            recompute(model)
+        if run.recompute or run.recompute_stages:
+            recompute(model, run.recompute_stages)
         self.network = world.share(model, sharded=run.parallel == "fsdp")
         if run.compile:
             compile_step(self.network, model)

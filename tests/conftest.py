@@ -15,6 +15,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args != config.getini("testpaths"):
         return 0
     config.option.dist = "loadfile"
+    config.option.loadscopereorder = False  # or the file with the most tests would come first
     return 2
 
 

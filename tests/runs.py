@@ -155,7 +155,7 @@ def meeting(world: int) -> dict[str, str]:
 def several(
     world: int,
     *words: str | Path,
-    seconds: float = 180,
+    seconds: float = 600,
     meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> tuple[list[int], list[str]]:
     """Run Python with these words in so many processes that meet, from this folder: their exit codes and output.

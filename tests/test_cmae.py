@@ -1076,7 +1076,7 @@ def main() -> None:
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/meeting-{number}",
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(minutes=5),
             rank=rank,
             world_size=len(counts),
         )

@@ -358,7 +358,7 @@ def uneven(mask: Tensor) -> Shown:
 @pytest.fixture(scope="module")
 def told_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("told")
-    codes, said = several(2, __file__, out, seconds=300)
+    codes, said = several(2, __file__, out)
     assert codes == [0, 0], "\n".join(said)
     return out
 

@@ -399,7 +399,7 @@ def source(root: Path) -> Videos:
 
 def together(out: Path, world: int, *jobs: dict[str, Any]) -> list[tuple[int, str]]:
     """Carry out tests in so many processes: their exit codes and output; each leaves its scores in the folder."""
-    return list(zip(*several(world, __file__, out, repr(jobs), seconds=300), strict=True))
+    return list(zip(*several(world, __file__, out, repr(jobs)), strict=True))
 
 
 def main() -> None:

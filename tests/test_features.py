@@ -442,7 +442,7 @@ def test_features_that_are_killed_in_whatever_way_are_whole_in_the_end(trained: 
             assert process.poll() is None
             time.sleep(0.002)
         process.send_signal(how)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=300)[1]
         assert process.returncode == code, said
         assert ("stopped; the same command goes on" in said) == (code == 130)
         assert not (tmp_path / "out" / "index.jsonl").exists()

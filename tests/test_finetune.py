@@ -345,7 +345,7 @@ from test_finetune import a_run
 changes = eval(sys.argv[3])
 assert fit(a_run(Path(sys.argv[1]), Path(sys.argv[2]), device="cpu", **changes))
 """
-    codes, said = several(world, "-c", code, folder, root, repr(changes), seconds=240)
+    codes, said = several(world, "-c", code, folder, root, repr(changes))
     assert codes == [0] * world, "\n".join(said)
 
 

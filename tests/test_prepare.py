@@ -276,7 +276,7 @@ def test_interrupted_by_a_signal_the_same_command_goes_on_to_the_same_shards(
     wait_for("shard-000001.tar", out, process)
     others = descendants(process.pid)
     process.send_signal(how)
-    out_text, err = process.communicate(timeout=60)
+    out_text, err = process.communicate(timeout=300)
     if how == signal.SIGINT:
         assert process.returncode == 130, out_text + err
         assert "the same command goes on" in err
@@ -288,7 +288,7 @@ def test_interrupted_by_a_signal_the_same_command_goes_on_to_the_same_shards(
         time.sleep(0.05)
     first = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
     process = command(*arguments)
-    out_text, err = process.communicate(timeout=120)
+    out_text, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "54 videos" in out_text
     assert "6 could not be used" in out_text

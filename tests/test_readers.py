@@ -332,7 +332,7 @@ if __name__ == "__main__":
     names = sys.argv[3:]
     here = [digest(name) for name in names]
     with multiprocessing.get_context(sys.argv[1]).Pool(2, torch.set_num_threads, (1,)) as pool:
-        there = pool.map_async(digest, 2 * names).get(timeout=100)
+        there = pool.map_async(digest, 2 * names).get(timeout=200)
     sys.exit(there != 2 * here)
 """
 
@@ -344,5 +344,5 @@ def test_a_process_that_has_read_videos_starts_others_that_read_the_same(
 ) -> None:
     names = [str(MEDIA / "clips" / name) for name in ("kin_pancake.mkv", "ucf_basketball_mpeg4.avi", "drv_vp9.webm")]
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run([sys.executable, tmp_path / "program.py", method, reader, *names], timeout=200, check=False)
+    done = subprocess.run([sys.executable, tmp_path / "program.py", method, reader, *names], timeout=300, check=False)
     assert done.returncode == 0

@@ -248,7 +248,7 @@ def test_a_scan_of_a_thousand_files_is_interrupted_killed_and_resumed_and_looks_
             os.killpg(running.pid, how)
         else:
             os.kill(running.pid, how)
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=300)
         assert running.returncode == (-9 if how == signal.SIGKILL else 130)
         assert how == signal.SIGKILL or "the same command goes on from here" in said
         if how == signal.SIGKILL:

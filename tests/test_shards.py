@@ -364,7 +364,7 @@ print(len(fetched))
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    outs = [process.communicate(timeout=60)[0] for process in processes]
+    outs = [process.communicate(timeout=300)[0] for process in processes]
     assert sum(map(int, outs)) == 4
 
 

@@ -145,17 +145,21 @@ def assert_equal(folder: Path, undisturbed: Path) -> None:
 # --- as typed ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_as_typed_runs_the_demo_on_four_nodes_to_the_end(desk: Path) -> None:
+def test_the_command_as_typed_trains_the_demo_on_four_nodes(desk: Path) -> None:
+    """For its first tenth: to the end it takes minutes, and runs that go there are below."""
     job = launch(desk, "--nodes", "4")
     folder = desk / "runs" / "demo"
     asked = ask("scontrol", "show", "job", job)
     assert re.search(r"\bNumNodes=4(-4)? ", asked)  # a range of nodes, as long as the job waits
     assert "NumTasks=4 " in asked
     assert "gres/gpu" not in asked
-    assert until_over(job, folder, seconds=1800) == "COMPLETED"
-    last = list(lines(folder / "metrics.jsonl"))[-1]
-    assert last["step"] == last["steps"] == 1000
-    assert last["loss"] < 0.4
+    until_step(100, folder)
+    ask("scancel", job)
+    assert until_over(job, folder) == "CANCELLED"
+    trained = list(lines(folder / "metrics.jsonl"))
+    assert trained[-1]["steps"] == 1000
+    assert trained[-1]["loss"] < 0.7 * trained[0]["loss"]
+    assert newest(folder)["progress"]["step"] >= 100
     assert json.loads((folder / "environment.json").read_text())["processes"] == 4
     assert (folder / "report.html").stat().st_size > 10_000
     hosts = {path.name for path in (folder / "slurm" / job).glob("*_log.out")}

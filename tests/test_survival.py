@@ -326,8 +326,15 @@ def test_sharded_and_copied_models_learn_the_same_and_go_on_from_each_other(tmp_
 
 def test_recomputing_changes_no_bit(tmp_path: Path) -> None:
     list(steps(a_run(tmp_path / "kept")))
-    list(steps(a_run(tmp_path / "recomputed", recompute=True)))
-    assert same(newest(tmp_path / "kept")["weights"], newest(tmp_path / "recomputed")["weights"])
+    for name, changes in (("all", {"recompute": True}), ("convolutions", {"recompute_stages": (0,)})):
+        list(steps(a_run(tmp_path / name, **changes)))
+        assert same(newest(tmp_path / "kept")["weights"], newest(tmp_path / name)["weights"])
+
+
+def test_stages_that_cannot_be_recomputed_are_refused(tmp_path: Path) -> None:
+    for stages, recompute in (((0, 0), False), ((-1,), False), ((2,), False), ((0,), True)):
+        with pytest.raises(ValueError, match="recompute_stages"):
+            a_run(tmp_path, recompute_stages=stages, recompute=recompute)
 
 
 @pytest.mark.slow

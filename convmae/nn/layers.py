@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,16 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, (ConvolutionBlock, AttentionBlock))]
 
 
-def recompute(model: nn.Module) -> None:
-    """Keep only the blocks' inputs for the backward pass, and compute them again there (activation checkpointing)."""
-    for block in blocks(model):
+def recompute(model: nn.Module, stages: Sequence[int] = ()) -> None:
+    """Keep only the blocks' inputs for the backward pass, and compute them again there (activation checkpointing).
+
+    With `stages`, counted from 0, in these of the model's trunk alone; raises ValueError where it has no such stage.
+    """
+    parts = [model]
+    if stages:
+        found = list(model.get_submodule("trunk.stages").children())
+        if max(stages) >= len(found):
+            raise ValueError(f"recompute_stages {tuple(stages)}: the trunk has stages 0 to {len(found) - 1}")
+        parts = [found[stage] for stage in stages]
+    for block in chain.from_iterable(map(blocks, parts)):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
