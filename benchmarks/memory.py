@@ -4,7 +4,7 @@
     python benchmarks/memory.py --models VideoConvMAE --sizes large huge --input 16 224 224
     python benchmarks/memory.py --quick                              tiny models, which fill a small budget
 
-Without a GPU the tensors of small micro-batches are counted, in bfloat16 all the same, and the largest foretold alone.
+Without a GPU tensors are counted that are only pretended: nothing is computed, and what libraries take is not seen.
 A step is what `convmae.micro_batch` takes: two micro-batches forward and backward, so that gradients are there beside
 activations, and fused AdamW; in bfloat16 where the GPU has it. The largest micro-batch is foretold by a straight line
 through the peaks at two small ones, then tried; where it does not fit, smaller ones are, by bisection.
@@ -27,12 +27,14 @@ import tyro
 from pretrain_step import aligned
 from rich.table import Table
 from scaling import OUT_OF_MEMORY, console_pair, explained, first_line, headline
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convmae import ConvMAE, ConvStage
 from convmae.builders import MAE
 from convmae.micro_batch import MARGIN, Rehearsal, Trial, confined, predicted, ran_out, release, search, usable
+from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from convmae.training import Pretrain
 from video import VideoConvMAE
 
@@ -57,13 +59,13 @@ class Options:
     """Another input size in pixels, of models with as many axes. Default: 224 x 224, and 16 frames of it."""
     micro_batch: int | None = None
     """Samples whose step's peak is printed; the straight line is through this and half of it. Default 32 images, 8
-    clips; on the CPU 4 and 2; tiny models 4."""
+    clips; tiny models 4."""
     compile: bool = False
     """Compile the attention blocks, as runs with --compile do; each trial compiles, which takes minutes in all."""
     budget_gib: float | None = None
     """Memory that a step may take. Default: what is free on the GPU less 5 %; on the CPU 76, for tiny models 0.03."""
     verify: bool = True
-    """Take a step at the largest micro-batch foretold."""
+    """Take a step at the largest micro-batch foretold; where tensors are counted, of tiny models alone."""
     seconds: float = 80
     """After so many, the largest micro-batches of the rows left are foretold alone."""
     quick: bool = False
@@ -135,17 +137,28 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def counted_peak(rehearsal: Rehearsal) -> Callable[[int], int]:
-    """A step's peak anywhere, by counting tensors: a function of the samples."""
+def counted_peak(run: Pretrain, model: MaskedAutoencoder) -> Callable[[int], int]:
+    """A step's peak anywhere, by counting tensors without memory: a function of the samples. The model becomes such."""
+    pretended = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    setattr(module, name, pretended.from_tensor(tensor))
+    with pretended:
+        rehearsal = Rehearsal(run, torch.device("cpu"), model=model)
 
     def peak(samples: int) -> int:
-        with LiveBytes() as counter:
+        inputs = rehearsal.inputs(samples)
+        with pretended, LiveBytes() as counter:
             for parameter in rehearsal.model.parameters():
                 counter.hold(parameter)
             for moments in rehearsal.optimiser.state.values():
                 for moment in moments.values():
                     counter.hold(moment)
-            rehearsal.step(samples)
+            for _ in range(2):
+                rehearsal.learn(**inputs)
+            rehearsal.update()
             rehearsal.clear()
         most: int = counter.peak
         return most
@@ -179,8 +192,7 @@ def measure(
 ) -> Row:
     """The row of a model; a failure is in it."""
     row = Row(model=name, recompute=recompute)
-    some = (32, 8) if device.type == "cuda" else (4, 2)
-    count = options.micro_batch or (4 if options.quick else some[len(run.model.size) - 2])
+    count = options.micro_batch or (4 if options.quick else 32 if len(run.model.size) == 2 else 8)
     try:
         limit = int(options.budget_gib * 2**30) if options.budget_gib is not None else usable(device, MARGIN)
         with confined(device, limit) if device.type == "cuda" else nullcontext():
@@ -188,8 +200,7 @@ def measure(
                 model = run.model.build()
             parameters = trained(model)
             row = replace(row, parameters=parameters, state_bytes=BYTES_PER_PARAMETER * parameters, micro_batch=count)
-            rehearsal = Rehearsal(run, device, model=model)
-            peak = rehearsal.peak if device.type == "cuda" else counted_peak(rehearsal)
+            peak = Rehearsal(run, device, model=model).peak if device.type == "cuda" else counted_peak(run, model)
             peak(1)  # libraries' workspaces are there before anything is measured
             small = [Trial(samples=samples, peak_bytes=peak(samples)) for samples in (max(1, count // 2), count)]
             row = replace(row, peak_bytes=small[-1].peak_bytes, foretold=predicted(small, limit))
@@ -278,7 +289,7 @@ def main(options: Options) -> list[Row]:
                 recompute=recompute == "all",
                 recompute_stages=convolutions if recompute == "convolutions" else (),
                 compile=options.compile,
-                precision="auto" if device.type == "cuda" or options.quick else "bfloat16",
+                precision="auto" if device.type == "cuda" else "bfloat16",
             )
             rows.append(measure(name, run, recompute, options, device, deadline))
             if device.type == "cuda":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -67,12 +67,12 @@ class Rehearsal:
     Args:
         run: precision, recompute and compile are taken from it as well as the model.
         device: where the steps are taken.
-        model: of the run; built where not given.
+        model: of the run, and there; built where not given.
     """
 
     def __init__(self, run: Pretrain, device: torch.device, *, model: MaskedAutoencoder | None = None) -> None:
         self.run, self.device = run, device
-        self.model = (run.model.build() if model is None else model).to(device).train()
+        self.model = (run.model.build().to(device) if model is None else model).train()
         if run.recompute or run.recompute_stages:
             recompute(self.model, run.recompute_stages)
         if run.compile:
@@ -87,18 +87,29 @@ class Rehearsal:
         and in one that shares gradients with other processes and so keeps their buffers.
         """
         for _ in range(2):
-            pixels = torch.randint(256, (samples, 3, *self.run.model.size), dtype=torch.uint8, device=self.device)
-            mask = self.model.draw_masks(samples, generator(self.run.seed))
-            shown = self.model.trunk.shown(mask, device=self.device)
-            more = {}
-            if isinstance(self.model, ContrastiveMaskedAutoencoder):
-                valid = torch.ones(samples, dtype=torch.bool, device=self.device)
-                more = {"second": pixels.flip(0), "valid": valid}
-            with self.autocast:
-                loss = self.model(pixels, mask=shown, **more)["loss"]
-            (loss * samples).backward()
+            self.learn(**self.inputs(samples))
+        self.update()
+
+    def inputs(self, samples: int) -> dict[str, Any]:
+        """What the model takes, for so many samples."""
+        pixels = torch.randint(256, (samples, 3, *self.run.model.size), dtype=torch.uint8, device=self.device)
+        mask = self.model.draw_masks(samples, generator(self.run.seed))
+        inputs: dict[str, Any] = {"x": pixels, "mask": self.model.trunk.shown(mask, device=self.device)}
+        if isinstance(self.model, ContrastiveMaskedAutoencoder):
+            inputs["second"] = pixels.flip(0)
+            inputs["valid"] = torch.ones(samples, dtype=torch.bool, device=self.device)
+        return inputs
+
+    def learn(self, **inputs: Any) -> None:
+        """Forward and backward."""
+        with self.autocast:
+            loss = self.model(**inputs)["loss"]
+        (loss * len(inputs["x"])).backward()
+
+    def update(self) -> None:
+        """Clip gradients and step."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        scale = 1 / (2 * samples * nn.utils.get_total_norm(gradients)).clamp(min=1)
+        scale = 1 / nn.utils.get_total_norm(gradients).clamp(min=1)
         torch._foreach_mul_(gradients, scale)
         self.optimiser.step()
 

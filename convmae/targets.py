@@ -18,11 +18,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def normalize(pixels: Tensor) -> Tensor:
-    """Pixels uint8 `(B, 3, *size)` to ImageNet-normalised float32, on the device where they are."""
-    x = pixels.float() / 255
+def normalize(pixels: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Pixels uint8 `(B, 3, *size)` to ImageNet-normalised floats, on the device where they are."""
+    x = pixels.to(torch.promote_types(precision, torch.float32)) / 255
     mean, std = _statistics(x, axis=1)
-    return (x - mean) / std
+    return ((x - mean) / std).to(precision)
 
 
 def unit_range(x: Tensor, *, axis: int) -> Tensor:

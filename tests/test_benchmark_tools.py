@@ -138,13 +138,14 @@ def test_the_memory_benchmark_fills_the_budget_that_it_is_given(tmp_path: Path) 
     if torch.cuda.is_available():
         pytest.skip("counts tensors on the CPU")
     options = memory.Options(models=("ConvMAE",), quick=True, budget_gib=0.01, json=tmp_path / "memory.json")
-    plain, convolutions, recomputed = memory.main(options)
+    (plain,) = memory.main(replace(options, recompute=("nothing",)))
+    plain, convolutions, recomputed = [plain, *memory.main(replace(options, verify=False))[1:]]
     assert {row.failure for row in (plain, convolutions, recomputed)} == {None}
     assert plain.largest is not None
     assert plain.foretold is not None
-    assert convolutions.largest is not None
-    assert recomputed.largest is not None
-    assert 0.9 * plain.foretold <= plain.largest < convolutions.largest < recomputed.largest
+    assert convolutions.foretold is not None
+    assert recomputed.foretold is not None
+    assert 0.9 * plain.foretold <= plain.largest <= plain.foretold < convolutions.foretold < recomputed.foretold
     assert plain.largest_bytes is not None
     assert 0.8 < plain.largest_bytes / (0.01 * 2**30) <= 1
     assert plain.peak_bytes is not None
@@ -160,8 +161,8 @@ def test_a_model_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: py
     if torch.cuda.is_available():
         pytest.skip("counts tensors on the CPU")
     rows = memory.main(memory.Options(models=("ConvMAE",), quick=True))
-    assert [row.failure for row in rows] == ["out of memory"] * 2
-    assert capsys.readouterr().out.count("out of memory") == 2
+    assert [row.failure for row in rows] == ["out of memory"] * 3
+    assert capsys.readouterr().out.count("out of memory") == 3
 
 
 # ---- scaling -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from convmae import MAE, AttentionStage, ConvMAE, ConvStage, masking
 from convmae.grids import Shown, show
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from convmae.nn.tile_convolution import reach, tile_convolution
+from convmae.targets import normalize
 from video import VideoConvMAE
 
 # --- tiny builders ----------------------------------------------------------------------------------------------
@@ -580,6 +581,29 @@ def test_a_whole_model_in_bfloat16_runs(builder: ConvMAE) -> None:
     assert out["prediction"].dtype == torch.bfloat16
     assert out["loss"].dtype == torch.float32
     out["loss"].backward()
+
+
+@both
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_whole_models_of_any_precision_take_pixels(builder: ConvMAE, precision: torch.dtype) -> None:
+    pixels = torch.randint(256, (2, 3, *builder.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model, classifier = build(builder).to(precision), builder.classifier(5).build().to(precision)
+    backbone = builder.backbone().build().to(precision)
+    mask = model.draw_masks(2, torch.Generator().manual_seed(0))
+    out = model(pixels, mask)
+    assert out["prediction"].dtype == classifier(pixels).dtype == backbone(pixels)[0].dtype == precision
+    assert torch.equal(model(normalize(pixels, precision), mask)["loss"], out["loss"])
+
+
+@both
+def test_models_without_memory_give_shapes(builder: ConvMAE) -> None:
+    model, classifier = builder.build(), builder.classifier(5).build().to("meta")
+    shown = model.trunk.shown(model.draw_masks(2, torch.Generator().manual_seed(0)), device=torch.device("cpu"))
+    pixels = torch.empty(2, 3, *builder.size, device="meta")
+    prediction = model.to("meta")(pixels, shown)["prediction"]
+    assert prediction.shape == (2, model.trunk.length, 3 * math.prod(model.trunk.stride))
+    assert classifier(pixels).shape == (2, 5)
+    assert prediction.is_meta
 
 
 @both

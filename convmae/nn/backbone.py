@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..grids import Grid, Shown, product
-from ..targets import normalize
 from .layers import ATTENTION_EPS
 from .positions import resize
 from .trunk import AttentionStage, Trunk
@@ -97,7 +95,7 @@ class Backbone(nn.Module):
             ValueError: x is not of the size that the trunk was built for, or with `any_size` not of a multiple of the
                 stride.
         """
-        x = normalize(x) if x.dtype == torch.uint8 else x
+        x = self.trunk.normalized(x)
         maps = self._stage_by_stage(x) if self.any_size else self.trunk(x).maps
         maps = [*maps[:-1], self.norm(maps[-1])]
         return [maps[stage].squeeze(1).movedim(-1, 1) for stage in self.stages]

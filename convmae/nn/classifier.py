@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from ..targets import normalize
 from .layers import ATTENTION_EPS
 from .trunk import Trunk
 
@@ -34,7 +32,7 @@ class Classifier(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """`x (B, C, *size) -> (B, D)`, pooled and normalised: what the head sees."""
-        features = self.trunk(normalize(x) if x.dtype == torch.uint8 else x)
+        features = self.trunk(self.trunk.normalized(x))
         if self.pooling == "mean":
             pooled = features.tokens.mean(1)
         else:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grids import Shown
-from ..targets import normalize
 from .layers import DropPath
 from .masked_autoencoder import Decoder, MaskedAutoencoder, fused
 from .trunk import Trunk
@@ -178,7 +177,7 @@ class ContrastiveMaskedAutoencoder(MaskedAutoencoder):
                 `valid` is no truth value of each.
         """
         x, shown = self.hide(x, mask)
-        second = x if second is None else normalize(second) if second.dtype == torch.uint8 else second
+        second = x if second is None else self.trunk.normalized(second)
         if second.shape != x.shape:
             raise ValueError(f"the views are {tuple(x.shape)} and {tuple(second.shape)}: they must have one shape")
         if shown.index is not None and len(shown.index) != len(x):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..grids import Grid, Shown, assemble, patches
 from ..masking import Masking, Part, draw
-from ..targets import Target, normalize
+from ..targets import Target
 from .layers import ATTENTION_EPS, AttentionBlock, PatchConvolution
 from .positions import sincos
 from .squared_error import squared_error
@@ -137,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
 
     def hide(self, x: Tensor, mask: Tensor | Shown | None) -> tuple[Tensor, Shown]:
         """The input normalised, and what is shown of it; takes and raises what `forward` does."""
-        x = normalize(x) if x.dtype == torch.uint8 else x
+        x = self.trunk.normalized(x)
         if mask is None:
             mask = self.draw_masks(len(x))
         if isinstance(mask, Tensor) and (len(mask) % len(x) if len(x) else len(mask)):
@@ -183,7 +183,7 @@ class MaskedAutoencoder(nn.Module):
         """
         if not hasattr(self.target, "invert"):
             raise ValueError(f"{self.target!r} has no invert(values, patches): its predictions are not pixels")
-        x = normalize(x) if x.dtype == torch.uint8 else x
+        x = self.trunk.normalized(x)
         x = x.repeat_interleave(len(mask) // max(1, len(x)), dim=0)
         precision = torch.promote_types(x.dtype, torch.float32)
         original = patches(x.to(precision), self.trunk.stride)

@@ -43,6 +43,8 @@ def tile_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Ten
         RuntimeError: a second derivative was asked for; there is none.
     """
     if around is None and not _by_triton(x):
+        if x.is_meta:  # which knows no autocast
+            return torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
             return tile_planes.dense(x, weight, bias)
     out: Tensor = _convolve(x, weight, bias, around, False)

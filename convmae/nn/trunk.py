@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grids import Grid, Shown, product, show
+from ..targets import normalize
 from .layers import CONVOLUTION_EPS, AttentionBlock, ConvolutionBlock, PatchConvolution
 from .positions import sincos
 from .tile_convolution import reach
@@ -111,6 +112,10 @@ class Trunk(nn.Module):
         self.stride = product(*self.strides)
         self.grid = tuple(pixels // stride for pixels, stride in zip(size, self.stride, strict=True))
         self.dims = [stage.embedding.weight.shape[0] for stage in stages]
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Pixels uint8 `(B, 3, *size)`, ImageNet-normalised in the precision of the weights; floats as they are."""
+        return normalize(x, self.stages[0].get_parameter("embedding.weight").dtype) if x.dtype == torch.uint8 else x
 
     @property
     def length(self) -> int:
