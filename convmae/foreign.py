@@ -23,6 +23,7 @@ from .masking import random, tube
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.classifier import Pooling
 from .nn.masked_autoencoder import MaskedAutoencoder
+from .official import without_decoder_row
 
 _log = logging.getLogger(__name__)
 
@@ -247,15 +248,11 @@ def _translated(names: Mapping[str, Tensor], model: Any, grid: Grid) -> dict[str
         ignored += [name for name in left if name.startswith(("decoder", "mask_token"))]
     elif "decoder_embed.weight" in left:
         width = own["decoder.embedding.weight"].shape[0]
-        given = left.pop("decoder_pos_embed", None)
-        if given is None:
-            weights["decoder.positions"] = sinusoid(trunk.grid, width)
-        else:
-            table = given.reshape(-1, width)
-            if token is not None and bool(table[0].any()):
-                raise ValueError("the decoder's class token has a position, unlike MAE's: it has no place here")
-            weights["decoder.positions"] = table[token is not None :].view(*grid, width)
         left.setdefault("decoder_embed.bias", torch.zeros(width))
+        if token is not None:
+            left = without_decoder_row(left, math.prod(grid))
+        given = left.pop("decoder_pos_embed", None)
+        weights["decoder.positions"] = sinusoid(trunk.grid, width) if given is None else given.view(*grid, width)
     else:
         weights |= {name: tensor for name, tensor in own.items() if name.startswith("decoder.")}
         _log.info("the file has no decoder: it is fresh")

@@ -152,6 +152,17 @@ def test_a_vitmae_of_transformers_gives_its_predictions(normalised: bool) -> Non
         close(mine["loss"], out.loss)
 
 
+@torch.no_grad()
+def test_a_decoder_whose_class_token_has_a_position_gives_its_predictions() -> None:
+    theirs: Any = stirred(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**IMAGE)))
+    theirs.decoder.decoder_pos_embed[:, 0] = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    ours = load(theirs.state_dict(), heads=2, decoder_heads=4)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    out = theirs(x, noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(2)))
+    hidden = out.mask.bool()
+    close(ours(x, mask=hidden.view(2, 4, 4))["prediction"][hidden], out.logits[hidden])
+
+
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 @torch.no_grad()
 def test_a_vit_of_timm_gives_its_logits(pooling: Any) -> None:

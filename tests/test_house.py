@@ -21,8 +21,8 @@ FLOORS: list[set[str]] = [
     {"convmae.nn.contrast", "convmae.nn.initialisation", "convmae.nn"},
     {"convmae.builders"},
     {"convmae.checkpoint", "convmae.cmae"},
-    {"convmae.foreign", "convmae.official"},
-    {"convmae.official_cmae"},
+    {"convmae.official"},
+    {"convmae.foreign", "convmae.official_cmae"},
     {"convmae"},
     {
         "convmae.data",
