@@ -1,10 +1,17 @@
-"""How the tests are carried out: one thread of torch's, two processes where all are run, SLURM's first."""
+"""How the tests are carried out: one thread of torch's, two processes where all are run, the longest first."""
+
+import signal
 
 import pytest
 import torch
 
 # tiny tensors gain nothing from more, and lose much where the machine is busy
 torch.set_num_threads(1)
+
+# in a shell's background this process is deaf to Ctrl-C, and so would be the programs that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST = ("test_slurm_cluster.py", "test_survival.py", "test_launch.py", "test_cmae_runs.py", "test_evaluation.py")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -20,5 +27,5 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, that no process waits for the other in the end."""
-    items.sort(key=lambda item: item.path.name != "test_slurm_cluster.py")
+    """The longest files first, that no process waits for the other in the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
