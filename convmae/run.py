@@ -140,8 +140,7 @@ class Run(Task):
         micro_batch: most samples a process takes at once, the rest is accumulated; None: its whole share.
         parallel: ddp copies the model to every process; fsdp (FSDP2) shares it out, for models too large for one GPU.
         recompute: keep less for the backward pass and compute it again: less memory, more time.
-        recompute_stages: the same in these stages of the trunk alone, counted from 0; those of convolutions take much
-            memory and little time. (): as `recompute` says.
+        recompute_stages: the same in these stages of the trunk alone, counted from 0; (): as `recompute` says.
         compile: torch.compile for forward and backward, under fsdp for their blocks: minutes before the first step.
         deterministic: no kernels that add up in changing order, for the same bits every time on a GPU too.
         checkpoint_minutes: time between checkpoints; 0: after every step.
