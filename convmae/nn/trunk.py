@@ -115,7 +115,7 @@ class Trunk(nn.Module):
 
     def normalized(self, x: Tensor) -> Tensor:
         """Pixels uint8 `(B, 3, *size)`, ImageNet-normalised in the precision of the weights; floats as they are."""
-        return normalize(x, self.stages[0].get_parameter("embedding.weight").dtype) if x.dtype == torch.uint8 else x
+        return normalize(x, next(self.parameters()).dtype) if x.dtype == torch.uint8 else x
 
     @property
     def length(self) -> int:
