@@ -1,6 +1,6 @@
 """What the memory of a GPU holds: parameters, a training step's peak, and the largest micro-batch, of every size.
 
-    python benchmarks/memory.py                                      all sizes, images and clips, about a minute
+    python benchmarks/memory.py                                      all sizes, images and clips
     python benchmarks/memory.py --models VideoConvMAE --sizes large huge --input 16 224 224
     python benchmarks/memory.py --quick                              tiny models, which fill a small budget
 
@@ -156,9 +156,7 @@ def counted_peak(run: Pretrain, model: MaskedAutoencoder) -> Callable[[int], int
             for moments in rehearsal.optimiser.state.values():
                 for moment in moments.values():
                     counter.hold(moment)
-            for _ in range(2):
-                rehearsal.learn(**inputs)
-            rehearsal.update()
+            rehearsal.take(inputs)
             rehearsal.clear()
         most: int = counter.peak
         return most

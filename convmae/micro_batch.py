@@ -86,9 +86,7 @@ class Rehearsal:
         Two, for the second one's activations are there beside the gradients of the first: as in a run that accumulates,
         and in one that shares gradients with other processes and so keeps their buffers.
         """
-        for _ in range(2):
-            self.learn(**self.inputs(samples))
-        self.update()
+        self.take(self.inputs(samples))
 
     def inputs(self, samples: int) -> dict[str, Any]:
         """What the model takes, for so many samples."""
@@ -100,14 +98,12 @@ class Rehearsal:
             inputs["valid"] = torch.ones(samples, dtype=torch.bool, device=self.device)
         return inputs
 
-    def learn(self, **inputs: Any) -> None:
-        """Forward and backward."""
-        with self.autocast:
-            loss = self.model(**inputs)["loss"]
-        (loss * len(inputs["x"])).backward()
-
-    def update(self) -> None:
-        """Clip gradients and step."""
+    def take(self, inputs: dict[str, Any]) -> None:
+        """Such a step on these inputs, for either micro-batch."""
+        for _ in range(2):
+            with self.autocast:
+                loss = self.model(**inputs)["loss"]
+            (loss * len(inputs["x"])).backward()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         scale = 1 / nn.utils.get_total_norm(gradients).clamp(min=1)
         torch._foreach_mul_(gradients, scale)
