@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import writing
+from .log_lines import seen
 from .nn.positions import resize
 from .plain import from_plain, to_plain
 
@@ -126,6 +127,7 @@ def _first_line(problem: Exception) -> str:
     return line
 
 
+@seen()
 def load(path: str | Path, *, size: int | Sequence[int] | None = None, average: bool = False) -> Any:
     """Build the model that a checkpoint holds, with its weights, on the CPU in evaluation mode: outputs are equal.
 
@@ -149,9 +151,11 @@ def load(path: str | Path, *, size: int | Sequence[int] | None = None, average: 
         load_weights(model, content["average" if average else "weights"])
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
+    _log.info("%s: all %d tensors match", path, len(content["weights"]))
     return model.eval()
 
 
+@seen()
 def load_trunk(model: nn.Module, path: str | Path) -> None:
     """Start a model's trunk from a checkpoint's: a classifier's from a pretrained one, at any input size.
 
@@ -170,6 +174,7 @@ def load_trunk(model: nn.Module, path: str | Path) -> None:
         if name.startswith("trunk.")
     }
     load_weights(model.get_submodule("trunk"), weights)
+    _log.info("%s: all %d tensors of the trunk match", path, len(weights))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -100,6 +100,16 @@ def _viewed(data: Any, clips: int | None, crops: int | None) -> Any:
     return replace(data, views=replace(data.views, **wanted))
 
 
+def _classifier(task: Evaluate) -> Classifier:
+    try:
+        model = weights.load(task.checkpoint or "", average=task.average)
+    except FileNotFoundError as missing:  # which would come again, however often a job is queued
+        raise ValueError(f"--checkpoint {task.checkpoint}: {missing}") from missing
+    if not isinstance(model, Classifier):
+        raise ValueError(f"{task.checkpoint} is no classifier, but a {type(model).__name__}: finetune it first")
+    return model
+
+
 def test(task: Evaluate) -> bool:
     """Carry out a test here and now, with the processes that RANK and WORLD_SIZE name; True, as it is then finished.
 
@@ -112,9 +122,7 @@ def test(task: Evaluate) -> bool:
     watchdog = Watchdog(task.hang_minutes, lambda error: record_failure(task.folder, error, step=None))
     with console_log() as console, watchdog, join(task.device, minutes=task.hang_minutes) as world:
         try:
-            model = weights.load(task.checkpoint, average=task.average)
-            if not isinstance(model, Classifier):
-                raise ValueError(f"{task.checkpoint} is no classifier, but a {type(model).__name__}: finetune it first")
+            model = _classifier(task)
             source = world.tell(task.source)
             samples = world.tell(lambda: source.open(model.trunk.size))
             model.to(world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from .nn.classifier import Pooling
 from .plain import from_plain
 from .run import Run, autocast
 from .run_folder import kept_in
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,10 @@ class Finetune(Run):
             kept = self._classifier(backbone.drop_path(self.drop_path), class_names(samples))
         model = kept.build()
         if pretrained is not None:
-            load_weights(model.trunk, pretrained.trunk.state_dict())
+            taken = pretrained.trunk.state_dict()
+            load_weights(model.trunk, taken)
+            left = sum(not name.startswith("trunk.") for name in pretrained.state_dict())
+            _log.info("the trunk's %d tensors are taken, the head is fresh, %d others are left", len(taken), left)
         return Classification(
             model,
             layer_decay=self.layer_decay,

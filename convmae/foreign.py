@@ -19,6 +19,7 @@ from . import targets
 from .builders import MAE, AttentionStage, Classifier
 from .checkpoint import load_weights
 from .grids import Grid
+from .log_lines import seen
 from .masking import random, tube
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.classifier import Pooling
@@ -84,6 +85,7 @@ def recognised(state: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in names and "blocks.0.norm1.weight" in names
 
 
+@seen()
 def load(
     state: Mapping[str, Tensor],
     *,
@@ -265,6 +267,7 @@ def _translated(names: Mapping[str, Tensor], model: Any, grid: Grid) -> dict[str
         left.pop(name)
     if ignored:
         _log.info("left out, as the model has no place for it: %s", ", ".join(ignored))
+    _log.info("used %d tensors of %d", len(names) - len(ignored), len(names))
     for name, tensor in left.items():
         for pattern, replacement in _OURS:
             name = re.sub(pattern, replacement, name)

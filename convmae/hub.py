@@ -11,6 +11,7 @@ README.md           the model card: what it is, and how to load it
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -29,8 +30,11 @@ from .builders import Backbone, Classifier
 from .checkpoint import load_weights
 from .command import run
 from .files import write_whole
+from .log_lines import seen
 from .plain import from_plain, to_plain
 from .targets import IMAGENET_MEAN, IMAGENET_STD
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = "1"
@@ -61,6 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, note: str = "") -> 
     return _save(model, Path(folder), note=note, source=_HERE)
 
 
+@seen()
 def from_pretrained(source: str | Path, *, size: int | Sequence[int] | None = None, revision: str | None = None) -> Any:
     """The model that `save_pretrained` or `push_to_hub` wrote, on the CPU in evaluation mode: bit for bit the same.
 
@@ -88,6 +93,7 @@ def from_pretrained(source: str | Path, *, size: int | Sequence[int] | None = No
         load_weights(model, tensors)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
+    _log.info("%s: all %d tensors match", path, len(tensors))
     return model.eval()
 
 

@@ -33,6 +33,7 @@ from .job import LAUNCHER, Job, carry_out
 from .location import has_root, located, whole
 from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, made_ready, require_gpus, say, suited
 from .run import Run, Task
+from .run_folder import kept_in
 from .slurm import ENDLESS, Allocation, Slurm, choose_nodes, query_slurm, request, show, submit
 
 DATA = "CONVMAE_DATA"
@@ -314,16 +315,20 @@ def _tested_at(task: Task, given: str | None) -> Task:
 
 
 def _from_checkpoint(run: Finetune | Evaluate, *, later: bool) -> Finetune | Evaluate:
-    """The run with its checkpoint's path made absolute, which must be there unless another job makes it first."""
+    """The run with its checkpoint's path made absolute; it is there, unless another job makes it or the run goes on."""
     if run.checkpoint is None:
         if isinstance(run, Finetune):
             say("weights", "none: from scratch, as there is no --checkpoint")
         return run
     path = run.checkpoint.expanduser().absolute()
-    if not path.exists() and not later:
+    begun = isinstance(run, Finetune) and kept_in(run.folder, "builder") is not None  # needs it no more
+    if not path.exists() and not later and not begun:
         told = f"--checkpoint {run.checkpoint}: there is no {path}"
         raise LaunchError(f"{told}. One that a job is still to make is for --after JOB.")
-    say("weights", path if path.exists() else f"{path}, which is to be made first")
+    if begun and not path.exists():
+        say("weights", f"those of {run.folder}, which goes on")
+    else:
+        say("weights", path if path.exists() else f"{path}, which is to be made first")
     return replace(run, checkpoint=path)
 
 

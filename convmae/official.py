@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,8 +16,11 @@ from torch import Tensor
 from .builders import AttentionStage, Classifier, ConvMAE, ConvStage
 from .checkpoint import load_weights, read_file
 from .grids import Grid
+from .log_lines import seen
 from .nn.classifier import Classifier as ClassifierModule
 from .nn.masked_autoencoder import MaskedAutoencoder
+
+_log = logging.getLogger(__name__)
 
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}
 """Heads of the last stage by its width, in the published sizes."""
@@ -24,6 +28,7 @@ KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16}
 _PREFIXES = ("module.", "_orig_mod.")
 
 
+@seen()
 def load(
     source: str | Path | Mapping[str, Tensor],
     *,
@@ -261,7 +266,7 @@ def fill(
     grid: Grid,
     optional: Collection[str] = (),
 ) -> None:
-    """Load the authors' weights into a model, and print what was used, missing and unexpected.
+    """Load the authors' weights into a model, and log what was used, missing and unexpected.
 
     A decoder may be missing as a whole, and whatever is optional, by our names; they stay as initialised. Positions in
     the file are for this grid, and resized for the model's.
@@ -283,9 +288,9 @@ def fill(
     missing = [name for name in own if name not in renamed]
     used = collections.Counter(name.split(".")[0] for name in state if name not in unexpected)
     groups = ", ".join(f"{name} ({count})" for name, count in used.items())
-    print(f"used {len(renamed)} tensors of {len(state)} in the file: {groups}")
-    print(f"missing, left as initialised: {', '.join(missing) or 'none'}")
-    print(f"unexpected, not used: {', '.join(unexpected) or 'none'}")
+    _log.info("used %d tensors of %d in the file: %s", len(renamed), len(state), groups)
+    _log.info("missing, left as initialised: %s", ", ".join(missing) or "none")
+    _log.info("unexpected, not used: %s", ", ".join(unexpected) or "none")
     without_decoder = all(not name.startswith("decoder.") for name in renamed)
     needed = [
         name for name in missing if name not in optional and not (without_decoder and name.startswith("decoder."))

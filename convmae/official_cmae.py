@@ -15,6 +15,7 @@ from torch import Tensor
 from .builders import MAE, AttentionStage, Decoder
 from .cmae import CMAE
 from .grids import Grid
+from .log_lines import seen
 from .masking import Masking, block, random
 from .nn.contrast import ContrastiveMaskedAutoencoder
 from .nn.masked_autoencoder import MaskedAutoencoder
@@ -74,6 +75,7 @@ def recognised(state: Mapping[str, Tensor]) -> bool:
     return any(prefix + _EMBEDDING in state and prefix + _ATTENTION in state for prefix in (_ENCODER, ""))
 
 
+@seen()
 def load(
     source: str | Path | Mapping[str, Tensor],
     *,

@@ -99,8 +99,9 @@ def embed(
     needed = 2 * len(samples) * trunk.length * trunk.dims[-1]
     if tokens and needed > MOST_BYTES:
         raise ValueError(
-            f"the attentive probe would keep {needed / 2**30:.1f} GiB of tokens, at most {MOST_BYTES >> 30} are kept: "
-            "probe on a part of the data (--per-class)"
+            f"the attentive probe would keep {needed / 2**30:.1f} GiB of tokens of {len(samples)} samples; at most "
+            f"{MOST_BYTES >> 30} are kept, those of {MOST_BYTES * len(samples) // needed}. Probe on fewer (--per-class "
+            "for training; for tests, --test with a part of them), or with --kinds knn linear"
         )
     stream = Stream(samples, size, 0, world.size * batch_size, rank=world.rank, world=world.size, once=True)
     sharded = isinstance(model, FSDPModule)
@@ -172,8 +173,9 @@ def knn(train: Embedded, test: Embedded, *, neighbours: int = 20, temperature: f
     mean = train.features.mean(0)
     near, of = (F.normalize(each.features - mean, dim=1) for each in (train, test))
     votes = torch.zeros(len(of), classes, dtype=torch.float64, device=of.device)
-    for start in range(0, len(of), 1024):
-        part = slice(start, start + 1024)
+    rows = max(1, _SORTED // len(near))
+    for start in range(0, len(of), rows):
+        part = slice(start, start + rows)
         cosine = of[part] @ near.T
         which = torch.argsort(cosine, dim=1, descending=True, stable=True)[:, :neighbours]
         weight = (cosine.gather(1, which).double() / temperature).exp()
@@ -184,6 +186,12 @@ def knn(train: Embedded, test: Embedded, *, neighbours: int = 20, temperature: f
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Learning rates for 256 samples that a linear probe of few samples chooses from; the papers' is the first."""
 
+_FOLD = 5
+"""One sample of so many is held out where a linear probe chooses its rate."""
+
+_SORTED = 1 << 27
+"""Cosines that k-NN sorts at a time: with the sorted values and their places, 2 GiB."""
+
 MANY = 100_000
 """Samples from which on a linear probe takes the papers' rate, unless it is given others."""
 
@@ -193,19 +201,22 @@ def linear(
 ) -> tuple[Accuracy, float]:
     """A linear layer on features normalised over the batch, by LARS: MAE's probe (arXiv 2111.06377, appendix A.1).
 
-    BatchNorm without affine, a Linear, LARS with momentum 0.9 and no decay, a tenth of the epochs as warm-up, a cosine
-    to 0. The papers' batch is 4096; here it is that, and at most an eighth of the set. On few samples, so in few steps,
-    LARS wants larger rates than the papers': of `RATES`, the one is taken that is best on a fifth of the *training*
-    samples, after training on the others. It runs where the features are.
+    BatchNorm without affine, a Linear, LARS with momentum 0.9 and no decay, 10 of 90 epochs as warm-up, a cosine to 0.
+    The papers' batch is 4096; here it is that, and at most an eighth of the set. On few samples, so in few steps, LARS
+    wants larger rates than the papers': of `RATES`, the one is taken that is best on a fifth of the *training* samples,
+    after training on the others; with less than 10 samples, the first. It runs where the features are.
 
-    Returns the accuracy and the rate that was taken. Raises ValueError where samples have no labels.
+    Returns the accuracy and the rate that was taken. Raises ValueError where samples have no labels, and for a single
+    one to train on.
     """
     classes = _classes(train, test)
+    if len(train.labels) < 2:
+        raise ValueError("a linear probe normalises features over samples: it needs 2 or more, not 1")
     rates = rates or (RATES if len(train.labels) < MANY else RATES[:1])
     chosen = rates[0]
-    if len(rates) > 1:
+    if len(rates) > 1 and len(train.labels) >= 2 * _FOLD:
         order = torch.randperm(len(train.labels), generator=generator(seed, 1))
-        held, rest = order[: len(order) // 5], order[len(order) // 5 :]
+        held, rest = order[: len(order) // _FOLD], order[len(order) // _FOLD :]
         parts = [train._replace(features=train.features[part], labels=train.labels[part]) for part in (rest, held)]
         found = [accuracy(_fit(parts[0], parts[1], classes, epochs, rate, seed), parts[1].labels) for rate in rates]
         chosen = rates[max(range(len(rates)), key=lambda number: found[number].top1)]
@@ -215,7 +226,7 @@ def linear(
 def _fit(train: Embedded, test: Embedded, classes: int, epochs: int, rate: float, seed: int) -> Tensor:
     """Train a linear probe: logits `(N, classes)` of the test samples."""
     count, width = train.features.shape
-    batch = max(1, min(4096, count // 8))
+    batch = min(count, max(2, min(4096, count // 8)))  # of one sample there is no variance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         norm, head = nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes)
@@ -234,7 +245,7 @@ def _fit(train: Embedded, test: Embedded, classes: int, epochs: int, rate: float
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step / steps, peak=rate * batch / 256, floor=0.0, warmup=0.1)
+                group["lr"] = learning_rate(step / steps, peak=rate * batch / 256, floor=0.0, warmup=1 / 9)
             optimiser.step()
     norm.eval()
     with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from . import checkpoint, foreign, official, official_cmae
+from .log_lines import seen
 from .nn.classifier import Pooling
 from .nn.contrast import ContrastiveMaskedAutoencoder
 from .official_cmae import Channels as Channels
@@ -30,6 +31,7 @@ READABLE = (
 )
 
 
+@seen()
 def load(
     source: str | Path | Mapping[str, Tensor],
     *,
@@ -43,7 +45,8 @@ def load(
 ) -> Any:
     """The model that a run's folder, a file or a state dict holds, on the CPU in evaluation mode, with its builder.
 
-    Recognised by what they hold are `READABLE`; a logged line says what it was taken for.
+    Recognised by what they hold are `READABLE`; log lines, on stderr where nobody has set up logging, say what it was
+    taken for and what of it matched.
 
     Args:
         source: a run's folder, a folder that `hub.save_pretrained` wrote, a file of torch's or safetensors, or a state
@@ -62,7 +65,10 @@ def load(
     """
     if encoder not in ("online", "target"):
         raise ValueError(f'encoder is "online" or "target"; got {encoder!r}')
-    model = _load(source, average, _Hints(size, heads, decoder_heads, pooling, channels))
+    found = _opened(source)
+    if average and not found.own:
+        raise ValueError(f"{found.name} has no averaged weights: only the checkpoints of finetuning runs keep them")
+    model = _model(found, average, _Hints(size, heads, decoder_heads, pooling, channels))
     if encoder == "target":
         if not isinstance(model, ContrastiveMaskedAutoencoder):
             raise ValueError(f"{source} holds a {type(model).__name__}, which has no target encoder: CMAE has")
@@ -81,9 +87,18 @@ class _Hints(NamedTuple):
     channels: Channels
 
 
-def _load(source: str | Path | Mapping[str, Tensor], average: bool, hints: _Hints) -> Any:
+class _Opened(NamedTuple):
+    """What was found: where, whether it is a checkpoint of our own, and otherwise what the file holds."""
+
+    name: str
+    own: bool = False
+    exported: bool = False
+    content: Any = None
+
+
+def _opened(source: str | Path | Mapping[str, Tensor]) -> _Opened:
     if isinstance(source, Mapping):
-        return _others(source, "the state dict", hints)
+        return _Opened("the state dict", content=source)
     path = Path(source)
     if path.is_dir():
         path = next((path / name for name in (LAST, SAFETENSORS) if (path / name).exists()), path / LAST)
@@ -91,19 +106,25 @@ def _load(source: str | Path | Mapping[str, Tensor], average: bool, hints: _Hint
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
         about, state = _safetensors(path)
-        if "convmae.builder" in about:
-            from .hub import from_pretrained
-
-            return from_pretrained(path, size=hints.size)
-        return _others(state, str(path), hints)
+        return _Opened(str(path), exported="convmae.builder" in about, content=state)
     if kept_in(path, "builder") is not None:
-        return checkpoint.load(path, size=hints.size, average=average)
+        return _Opened(str(path), own=True)
     content = checkpoint.read_file(path)
     if isinstance(content, Mapping) and "builder" in content:  # of another version: it says so
-        return checkpoint.load(path, size=hints.size, average=average)
+        return _Opened(str(path), own=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no weights. What can be read: {READABLE}")
-    return _others(content, str(path), hints)
+    return _Opened(str(path), content=content)
+
+
+def _model(found: _Opened, average: bool, hints: _Hints) -> Any:
+    if found.own:
+        return checkpoint.load(found.name, size=hints.size, average=average)
+    if found.exported:
+        from .hub import from_pretrained
+
+        return from_pretrained(found.name, size=hints.size)
+    return _others(found.content, found.name, hints)
 
 
 def _others(content: Mapping[str, Any], name: str, hints: _Hints) -> Any:

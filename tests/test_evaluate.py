@@ -77,6 +77,7 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path, tuned: Path, pictures:
     others = ImageFolder(root=pictures).as_test()  # the classes are train and val
     for task, complaint in (
         (replace(plain, checkpoint=None), "give --checkpoint"),
+        (replace(plain, checkpoint=tmp_path / "lost.pt"), r"--checkpoint .*lost\.pt: no checkpoint at"),
         (replace(plain, checkpoint=before), r"is no classifier, but a MaskedAutoencoder: finetune it first"),
         (replace(plain, clips=5), "--clips and --crops are for videos"),
         (replace(plain, unusable="error"), r"2\.png: not an image"),

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,10 +17,11 @@ from golden import needs_shared, tensors, under
 from numpy.typing import NDArray
 from PIL import Image
 from runs import several, tiny
+from test_golden import pair_names
 from torch import Tensor
 
-from convmae import checkpoint, official
-from convmae.augmentation import Erasing, Mixing
+from convmae import checkpoint, official, recipes
+from convmae.augmentation import Erasing, Mixing, RandAugment
 from convmae.builders import Classifier
 from convmae.data import Batch, generator
 from convmae.distributed import World
@@ -33,6 +34,7 @@ from convmae.run import Pretrain
 from convmae.targets import normalize
 from convmae.training import fit, steps
 from video import VideoConvMAE
+from video import recipes as video_recipes
 
 SIZE = (32, 32)
 
@@ -130,18 +132,55 @@ def test_loss_and_gradients_of_finetuning_are_the_authors() -> None:
     state = {name: one for name, one in under(content, "state.").items() if not name.startswith("norm.")}
     model = official.load(state, heads=4)
     assert isinstance(model, ClassifierModule)
+    names = pair_names(state, model)
     learner = Classification(model.double())
     targets = F.one_hot(content["in.labels"].long(), 10).double()
     loss = learner.losses(model, (content["in.imgs"].double(), targets))["loss"]
     assert loss.item() == pytest.approx(content["out.gp1.loss"].item(), rel=1e-6)
     torch.autograd.backward(loss)
     theirs = under(content, "grad_gp1.")
-    assert "head.weight" in theirs or "head.bias" in theirs
-    for name in ("head.weight", "head.bias"):
-        if name in theirs:
-            ours = model.get_parameter(name).grad
-            assert ours is not None
-            assert float((ours - theirs[name]).abs().max()) < 1e-6
+    assert {names[name].split(".")[0] for name in theirs} == {"trunk", "head"}  # the first stage, positions, head
+    for name, gradient in theirs.items():
+        ours = model.get_parameter(names[name]).grad
+        assert ours is not None
+        assert float((ours.flatten() - gradient.flatten()).abs().max()) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "rate", "samples", "repeats", "decay", "drop_path", "dropout", "flip", "views"),
+    [
+        (recipes.imagenet_finetune, 100, 5e-4, 1024, 1, 0.65, 0.1, 0.0, True, 1),
+        (video_recipes.kinetics_finetune, 100, 1e-3, 512, 1, 0.75, 0.1, 0.0, True, 15),
+        (video_recipes.kinetics_finetune_long, 75, 5e-4, 384, 2, 0.75, 0.1, 0.0, True, 15),
+        (video_recipes.ssv2_finetune, 50, 5e-4, 512, 1, 0.75, 0.1, 0.0, False, 6),
+        (video_recipes.ucf101_finetune, 100, 5e-4, 128, 2, 0.7, 0.2, 0.5, True, 15),
+    ],
+)
+def test_recipes_have_the_published_numbers(
+    recipe: Callable[[], Finetune],
+    epochs: int,
+    rate: float,
+    samples: int,
+    repeats: int,
+    decay: float,
+    drop_path: float,
+    dropout: float,
+    flip: bool,
+    views: int,
+) -> None:
+    run, data = recipe(), cast(Any, recipe().data)
+    assert (run.epochs, run.warmup_epochs, run.min_lr) == (epochs, 5, 1e-6)
+    assert run.peak_lr == pytest.approx(rate * samples / 256)
+    assert (run.batch_size, getattr(data, "repeats", 1)) == (samples * repeats, repeats)
+    assert (run.layer_decay, run.drop_path, run.dropout) == (decay, drop_path, dropout)
+    assert (run.betas, run.weight_decay, run.head_std) == ((0.9, 0.999), 0.05, 2e-5)
+    assert run.mixing == Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)
+    assert run.erasing == Erasing(probability=0.25)
+    assert run.pooling == "mean"
+    assert data.flip == flip
+    ops, magnitude = (2, 9.0) if recipe is recipes.imagenet_finetune else (4, 7.0)
+    assert data.augment == (RandAugment(ops=ops, magnitude=magnitude, deviation=0.5),)
+    assert len(getattr(run.test, "views", None) or (1,)) == views
 
 
 # --- where a run starts -----------------------------------------------------------------------------------------------

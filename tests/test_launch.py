@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 from lab import ROOT, Says, command, desk, lab, launcher, metrics, place, run_launcher, says, slurm
+from runs import tiny
 
-from convmae import launch
+from convmae import checkpoint, launch
 from convmae.evaluate import Evaluate
 from convmae.finetune import Finetune
 from convmae.images import ImageFolder
@@ -445,6 +446,14 @@ def test_a_checkpoint_must_be_there_unless_a_job_is_to_make_it(desk: Path, says:
     code, _, err = says(*FINETUNE, "--checkpoint", "later")
     assert code == 2
     assert f"--checkpoint later: there is no {desk}/later. One that a job is still to make is for --after JOB" in err
+
+
+def test_a_run_that_goes_on_needs_the_checkpoint_it_began_with_no_more(desk: Path, says: Says) -> None:
+    (desk / "run").mkdir()
+    checkpoint.save(desk / "run" / "last.pt", tiny().classifier(3).build())
+    run, out = asked(says, *FINETUNE, "--checkpoint", "lost", "--folder", "run")
+    assert isinstance(run, Finetune)
+    assert "weights  those of run, which goes on\n" in out
 
 
 def test_help_of_finetuning_tells_all_its_fields(says: Says) -> None:

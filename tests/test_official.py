@@ -1,6 +1,7 @@
 """The authors' checkpoints: found in any wrapping, inferred from shapes, and refused where they do not match."""
 
 import argparse
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -177,11 +178,12 @@ def test_channels_last_weights_load(state: State) -> None:
 
 
 def test_a_first_release_without_mask_token_and_fusion_loads_without_fusion(
-    state: State, capsys: pytest.CaptureFixture[str]
+    state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     first = {name: tensor for name, tensor in state.items() if name != "mask_token" and not name.startswith("stage")}
     model = load(first)
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     assert not model.builder.fusion
     assert len(model.fusion) == 0
     assert f"used {len(first)} tensors of {len(first)} in the file" in said
@@ -190,28 +192,31 @@ def test_a_first_release_without_mask_token_and_fusion_loads_without_fusion(
 
 
 def test_a_whole_file_is_used_whole_and_nothing_is_said_to_be_missing(
-    state: State, capsys: pytest.CaptureFixture[str]
+    state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     load(state)
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     assert f"used {len(state)} tensors of {len(state)} in the file: " in said
     assert "missing, left as initialised: none\nunexpected, not used: none\n" in said
 
 
-def test_unexpected_names_are_named(state: State, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_names_are_named(state: State, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     load({**state, "stranger.weight": torch.zeros(3)})
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     assert f"used {len(state)} tensors of {len(state) + 1} in the file" in said
     assert "unexpected, not used: stranger.weight\n" in said
 
 
 def test_an_encoder_without_a_decoder_loads_and_names_what_is_missing(
-    state: State, capsys: pytest.CaptureFixture[str]
+    state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     encoder = {n: t for n, t in state.items() if not n.startswith("decoder_") and n != "mask_token"}
     model = official.load(encoder, heads=4)
     assert isinstance(model, MaskedAutoencoder)
-    assert "decoder.blocks.0.attention.qkv.weight" in capsys.readouterr().out
+    assert "decoder.blocks.0.attention.qkv.weight" in caplog.text
     assert model.trunk.state_dict().keys() == load(state).trunk.state_dict().keys()
 
 
@@ -331,19 +336,20 @@ def with_token(state: State, *, row: Tensor | None, decoder_row: Tensor | None =
 
 
 def test_a_class_token_is_inferred_and_loaded_with_or_without_rows_for_it(
-    state: State, capsys: pytest.CaptureFixture[str]
+    state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     zeros, decoder_zeros = torch.zeros(1, 1, 48), torch.zeros(1, 1, 32)
     without = load(with_token(state, row=None))
     assert without.builder == load(state).builder.with_class_token()
     assert without.builder.grid == (14, 14)
     assert without.trunk.stages[-1].get_parameter("class_token").equal(torch.linspace(-1, 1, 48).view(1, 1, 48))
     for row, decoder_row in ((zeros, None), (None, decoder_zeros), (zeros, decoder_zeros)):
-        capsys.readouterr()
+        caplog.clear()
         model = load(with_token(state, row=row, decoder_row=decoder_row))
         assert model.builder == without.builder
         assert weights(model).equal(weights(without))
-        said = capsys.readouterr().out
+        said = "".join(f"{line}\n" for line in caplog.messages)
         assert f"used {len(state) + 1} tensors of {len(state) + 1} in the file" in said
         assert "missing, left as initialised: none\nunexpected, not used: none\n" in said
 

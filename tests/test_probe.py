@@ -74,6 +74,21 @@ def test_the_first_five_count_where_there_are_five_classes_and_ties_go_to_the_lo
     assert accuracy(votes[:, :3], torch.tensor([1, 0])) == (1.0, None)
 
 
+@pytest.mark.parametrize("count", [2, 3, 9, 10, 15, 17, 18])
+def test_a_linear_probe_takes_few_samples_and_refuses_one(count: int) -> None:
+    train, test = clouds(count), clouds(30, seed=1)
+    assert 0 <= linear(train, test)[0].top1 <= 1
+    with pytest.raises(ValueError, match="it needs 2 or more, not 1"):
+        linear(clouds(1), test)
+
+
+def test_neighbours_are_the_same_however_many_are_sorted_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = clouds(50, spread=2), clouds(31, spread=2, seed=1)
+    whole = knn(train, test)
+    monkeypatch.setattr(probe, "_SORTED", 120)
+    assert knn(train, test) == whole
+
+
 def test_a_linear_probe_separates_what_can_be_and_does_not_care_for_scale() -> None:
     train, test = clouds(120), clouds(60, seed=1)
     found, rate = linear(train, test)

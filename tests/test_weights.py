@@ -1,6 +1,8 @@
 """Every kind of file through the one way in; what is none of them is told apart."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,28 @@ def test_what_is_none_of_them_is_told(tmp_path: Path) -> None:
 
 
 def test_averaged_weights_are_asked_for_where_they_are_kept(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "model.pt", tiny().build())
+    model = tiny().build()
+    checkpoint.save(tmp_path / "model.pt", model)
+    save_pretrained(model, tmp_path / "hub")
+    torch.save(vit(), tmp_path / "vit.pth")
+    save_file({name: tensor.contiguous() for name, tensor in vit().items()}, tmp_path / "vit.safetensors")
     assert isinstance(weights.load(tmp_path / "model.pt"), MaskedAutoencoder)
-    with pytest.raises(ValueError, match="has no averaged weights"):
-        weights.load(tmp_path / "model.pt", average=True)
+    for source in (*(tmp_path / name for name in ("model.pt", "hub", "vit.pth", "vit.safetensors")), vit()):
+        with pytest.raises(ValueError, match="has no averaged weights"):
+            weights.load(source, average=True)
+
+
+def test_what_matched_is_seen_where_nobody_has_set_up_logging(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "model.pt", tiny().build())
+    torch.save(vit(), tmp_path / "vit.pth")
+    code = f"""
+from convmae import weights
+weights.load("{tmp_path}/model.pt")
+weights.load("{tmp_path}/vit.pth")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    ours, used, taken = done.stderr.splitlines()
+    assert ours == f"{tmp_path}/model.pt: all {len(tiny().build().state_dict())} tensors match"
+    assert used == f"used {len(vit())} tensors of {len(vit())}"
+    assert taken.startswith(f"{tmp_path}/vit.pth: taken for a plain ViT, {len(vit())} tensors, as Classifier(")
