@@ -108,11 +108,16 @@ class Clips:
 
         Raises `UnusableFileError` for a file that `readers.read` cannot read.
         """
-        count, target = size[0], size[1:]
-        choose = self.choosing(count, generator, intact)
+        choose = self.choosing(size[0], generator, intact)
         # of a test in their own size: those readers that would shrink them each do it in another way
-        short_side = self.crop.short_side(target) if self.views is None else None
-        frames = readers.read(video, choose, short_side=short_side, reader=reader or self.reader)
+        short_side = self.crop.short_side(size[1:]) if self.views is None else None
+        return self.cut(
+            readers.read(video, choose, short_side=short_side, reader=reader or self.reader), size, generator
+        )
+
+    def cut(self, frames: readers.Frames, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+        """Cut clips out of the frames that `choosing` chose, uint8 `(given * T, h, w, 3)`; gives what `load` does."""
+        count, target = size[0], size[1:]
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
         several = pixels.view(-1, count, *pixels.shape[1:])
         if self.views is None:
