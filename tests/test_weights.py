@@ -89,7 +89,9 @@ def test_averaged_weights_are_asked_for_where_they_are_kept(tmp_path: Path) -> N
     torch.save(vit(), tmp_path / "vit.pth")
     save_file({name: tensor.contiguous() for name, tensor in vit().items()}, tmp_path / "vit.safetensors")
     assert isinstance(weights.load(tmp_path / "model.pt"), MaskedAutoencoder)
-    for source in (*(tmp_path / name for name in ("model.pt", "hub", "vit.pth", "vit.safetensors")), vit()):
+    files = [tmp_path / name for name in ("model.pt", "hub", "vit.pth", "vit.safetensors")]
+    sources: list[Path | dict[str, torch.Tensor]] = [*files, vit()]
+    for source in sources:
         with pytest.raises(ValueError, match="has no averaged weights"):
             weights.load(source, average=True)
 
