@@ -3,8 +3,8 @@
     python benchmarks/contrast.py video                              # the demo clips, whose classes are motions
     python benchmarks/contrast.py images --data photos               # any folder with train/ and val/, of classes each
 
-Both sides are pretrained for equally many epochs, half as many as in `transfer.py` but with its settings otherwise, on
-the same views: the corners of larger crops, as CMAE's online encoder sees them. The table has k-NN and the linear probe
+Both sides are pretrained for equally many epochs, with the settings of `transfer.py` but for less time, on the same
+views: the corners of larger crops, as CMAE's online encoder sees them. The table has k-NN and the linear probe
 of the frozen online encoder, mean and spread over seeds; the picture both losses, agreement and spread over time, and
 the probes. Nothing is chosen on the samples for tests. What a step costs beside a plain one: `pretrain_step.py`.
 """
@@ -28,8 +28,6 @@ from convmae.run import Pretrain
 from convmae.two_views import TwoViews
 
 SIDES = ("without contrast", "CMAE")
-PART = 0.5
-"""Of the epochs of `transfer.py`."""
 MOMENTUM = 0.99
 """Of the target: less than the published 0.996, for runs of a thousand steps."""
 
@@ -64,7 +62,7 @@ class _First:
 
 def both(setting: Setting, seed: int, folder: Path, workers: int) -> tuple[Pretrain, Pretrain]:
     """The runs of a seed, without and with contrast; views are a seventh of the input apart, as published; 3 frames."""
-    run = pretraining(replace(setting, pretrain_epochs=PART * setting.pretrain_epochs), seed, folder, workers, probes=3)
+    run = pretraining(replace(setting, pretrain_epochs=setting.contrast_epochs), seed, folder, workers, probes=3)
     decoder = setting.model.decoder
     cmae = CMAE(mae=setting.model).decode_features(dim=decoder.dim, depth=1, heads=decoder.heads)
     size = setting.model.size
@@ -144,7 +142,9 @@ def draw(found: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    carry_out(parser(__doc__).parse_args(), "contrast", one_seed, table, draw, picture="contrast.png")
+    flags = parser(__doc__)
+    flags.add_argument("--contrast-epochs", type=float)
+    carry_out(flags.parse_args(), "contrast", one_seed, table, draw, picture="contrast.png")
 
 
 if __name__ == "__main__":  # checkpoints name the classes by their module, which is then not __main__

@@ -104,6 +104,7 @@ class Setting:
     test: Source
     per_class: int
     pretrain_epochs: float
+    contrast_epochs: float
     pretrain_batch: int
     pretrain_lr: float
     finetune_epochs: float
@@ -129,9 +130,10 @@ def for_images(data: Path) -> Setting:
         test=ImageFolder(root=data, split="val").as_test(),
         per_class=10,
         pretrain_epochs=32,
+        contrast_epochs=12,
         pretrain_batch=64,
         pretrain_lr=6e-3,
-        finetune_epochs=320,
+        finetune_epochs=192,
         finetune_lr=8e-3,
         layer_decay=0.75,
         drop_path=0.1,
@@ -159,10 +161,11 @@ def for_video() -> Setting:
         train=train,
         test=replace(train, split="val").as_test(),
         per_class=10,
-        pretrain_epochs=72,
+        pretrain_epochs=40,
+        contrast_epochs=36,
         pretrain_batch=32,
         pretrain_lr=1.6e-2,
-        finetune_epochs=160,
+        finetune_epochs=120,
         finetune_lr=4e-3,
         layer_decay=1.0,
         drop_path=0.0,
@@ -310,7 +313,6 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     flags.add_argument("--folder", type=Path, help="of the runs (default: runs/transfer-KIND)")
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument("--only", type=int, metavar="SEED", help="this seed alone, without table: for several at a time")
-    flags.add_argument("--pretrain-epochs", type=float)
     flags.add_argument("--workers", type=int, default=1)
     flags.add_argument("--picture", type=Path, help="(default: in the folder)")
     return flags
@@ -332,7 +334,7 @@ def carry_out(
         setting = for_images(make() if given.data is None else given.data.absolute())
     else:
         setting = for_video()
-    numbers = ("pretrain_epochs", "finetune_epochs", "per_class")
+    numbers = ("pretrain_epochs", "contrast_epochs", "finetune_epochs", "per_class")
     setting = replace(setting, **{number: value for number in numbers if (value := vars(given).get(number))})
     folder = given.folder or Path(f"runs/transfer-{given.kind}")
     if given.only is not None:
@@ -350,6 +352,7 @@ def carry_out(
 def main() -> None:
     """The command line."""
     flags = parser(__doc__)
+    flags.add_argument("--pretrain-epochs", type=float)
     flags.add_argument("--finetune-epochs", type=float)
     flags.add_argument("--per-class", type=int, help="labelled samples of each class")
     carry_out(flags.parse_args(), "transfer", one_seed, table, draw, picture="curves.png")
