@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dense_masked import DenseMasked, disagreement
-from sides import Pretraining, Side
+from sides import Finetuning, Pretraining, Side
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import AdamW, Optimizer
@@ -37,6 +36,7 @@ from convmae import MAE
 TOLERANCE = 1e-4  # of the dense-masked form in float32: it sums in another order
 OUT_OF_MEMORY = "out of GPU memory"
 IN_A_ROW = 5  # steps on a GPU between two looks at the clock
+DECODERS = ("decoder", "feature_decoder", "encoder_to_decoder")  # modules' names, in ours and in transformers
 
 DENSE_BF16 = {
     "A10": 125e12,
@@ -68,7 +68,7 @@ class Step:
         dtype: what the forward is autocast to; float32 is none.
         compiled: whether the side is compiled, for the shapes at hand.
         threads: of the CPU.
-        optimised: whether a step of AdamW follows the backward.
+        optimised: whether a step of AdamW follows the backward, and the target of a contrastive model that.
         graphs: whether what is compiled is replayed as CUDA graphs, so that the processor has little to do.
     """
 
@@ -101,7 +101,10 @@ class Step:
         return AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05, fused=True)
 
     def run(self, module: nn.Module, x: Tensor, mask: Tensor, optimiser: Optimizer | None = None) -> None:
-        """One forward and backward; the gradients stay in the parameters. Then a step of the optimiser, if given."""
+        """One forward and backward; the gradients stay in the parameters. Then a step of the optimiser, if given.
+
+        The target of a contrastive model follows where an optimiser steps.
+        """
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
@@ -109,6 +112,8 @@ class Step:
         loss.backward()
         if optimiser:
             optimiser.step()
+            if isinstance(module, Pretraining):
+                module.follow()
 
     def seconds(self, module: nn.Module, x: Tensor, mask: Tensor, optimiser: Optimizer | None = None) -> float:
         """The time of one forward and backward, and the optimiser's; gradients are cleared before and after it.
@@ -133,11 +138,6 @@ class Step:
             elapsed = time.perf_counter() - start
         module.zero_grad(set_to_none=True)
         return elapsed
-
-
-def batch(source: MAE, size: int, device: str) -> tuple[Tensor, Tensor]:
-    """A seeded batch of a builder: x `(B, C, *size)` and mask `(B, *grid)`, both on the device."""
-    return pixels(source, size, device), source.masking(size, source.grid, torch.Generator().manual_seed(0)).to(device)
 
 
 def inputs(side: Side, size: int, device: str) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ class Result:
         seconds: of each round.
         memory: bytes at the peak, beyond the built model and its input.
         graph_breaks: of torch.compile; None where nothing is compiled.
-        agreement: of a dense-masked side: how far its latent and its loss are from the sparse form's.
+        agreement: of a dense side: how far its latent and its loss are from our form's.
         failure: what went wrong, in a line; then there are no figures.
     """
 
@@ -319,20 +319,19 @@ class Runner:
 
 @cache
 def agreement(side: Side, device: str) -> tuple[float, float] | None:
-    """How far a dense-masked side is from the model whose weights it shares, in float32; None for other sides.
+    """How far a dense side is from the model whose weights it shares, in float32; None for other sides.
 
     Raises:
         RuntimeError: by more than rounding.
     """
     module = side.build()
-    if not (isinstance(module, Pretraining) and isinstance(module.model, DenseMasked)):
+    if not isinstance(module, Pretraining | Finetuning):
         return None
-    latent, loss = disagreement(module.model.to(device), *inputs(side, 1, device))
-    if not max(latent, loss) <= TOLERANCE:
-        raise RuntimeError(
-            f"latent within {latent:.0e}, loss within {loss:.0e} of the sparse form, not {TOLERANCE:.0e}"
-        )
-    return latent, loss
+    found = module.to(device).disagreement(*inputs(side, 1, device))
+    if found is not None and not max(found) <= TOLERANCE:
+        latent, loss = found
+        raise RuntimeError(f"latent within {latent:.0e}, loss within {loss:.0e} of our form, not {TOLERANCE:.0e}")
+    return found
 
 
 def _forkserver() -> ForkServerContext:
@@ -449,7 +448,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float | None:
 
 
 def count_works(sides: Sequence[Side]) -> dict[str, Future[Work]]:
-    """`count_work` of every side, by name, in a process beside this one: a GPU need not wait for it."""
+    """`count_work` of every side, by name, in a process beside this one."""
     pool = ProcessPoolExecutor(1, mp_context=_forkserver(), initializer=_use_few_threads)
     futures = {side.name: pool.submit(count_work, side) for side in sides}
     pool.shutdown(wait=False)
@@ -480,7 +479,7 @@ def count_work(side: Side) -> Work:
         counts = analysis.by_module()
     unknown = [name for name in analysis.unsupported_ops() if not name.startswith("aten::")]
     assert not unknown, f"operators of our own need a handle: {unknown}"
-    decoders = [name for name in counts if name.split(".")[-1] in ("decoder", "encoder_to_decoder")]
+    decoders = [name for name in counts if name.split(".")[-1] in DECODERS]
     return Work(
         forward=int(counts[""]),
         encoder=int(counts[""] - sum(counts[name] for name in decoders)),

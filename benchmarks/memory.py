@@ -61,7 +61,7 @@ class Options:
     """Samples whose step's peak is printed; the straight line is through this and half of it. Default 32 images, 8
     clips; tiny models 4."""
     compile: bool = False
-    """Compile the attention blocks, as runs with --compile do; each trial compiles, which takes minutes in all."""
+    """Compile the whole step, as runs with --compile on one GPU do; each trial compiles, which takes minutes in all."""
     budget_gib: float | None = None
     """Memory that a step may take. Default: what is free on the GPU less 5 %; on the CPU 76, for tiny models 0.03."""
     verify: bool = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ import tyro
 from pretrain_step import aligned
 from rich.table import Table
 from scaling import console_pair
+from sides import base, sides
 
-from convmae.recipes import imagenet_pretrain
+from convmae import MAE, masking
+from convmae.builders import owner_of
+from convmae.masking import Masking
+from convmae.recipes import imagenet_cmae, imagenet_fast_pretrain, imagenet_pretrain
 from convmae.training import Pretrain
-from video.recipes import kinetics_pretrain
+from video.recipes import kinetics_cmae, kinetics_pretrain, ssv2_pretrain, ucf101_pretrain
 
 GPUS_OF_A_NODE = 8
 BACKWARD = 2 / 3
@@ -63,74 +67,60 @@ class Plan:
     """A pretraining to be costed.
 
     Args:
-        title: what the table calls it.
-        recipe: gives model and batch.
+        recipe: gives model, batch and epochs.
         side: of pretrain_step.py, whose time it is.
         samples: of an epoch.
-        epochs: how many.
-        batch: of a step; None: the recipe's.
+        epochs: where they are others than the recipe's, which are published too.
         published: GPU-hours that the authors say it took.
     """
 
-    title: str
     recipe: Callable[[], Pretrain]
     side: str
     samples: int
-    epochs: int
-    batch: int | None = None
+    epochs: int | None = None
     published: str = "-"
+
+    def run(self) -> Pretrain:
+        """The recipe's run, with the plan's epochs."""
+        run = self.recipe()
+        return run if self.epochs is None else replace(run, epochs=self.epochs)
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return f"{self.recipe.__name__}, {self.run().epochs} epochs"
+
+    @property
+    def masking(self) -> Masking:
+        """What the recipe hides."""
+        builder = owner_of(self.recipe().model)
+        assert builder is not None
+        return builder.masking
+
+
+def kinetics_half_decoded() -> Pretrain:
+    """`kinetics_pretrain` with the decoder on half of the hidden tokens."""
+    run = kinetics_pretrain()
+    assert isinstance(run.model, MAE)
+    return replace(run, model=run.model.reconstruct_part(masking.running_cells(0.5)))
 
 
 IMAGENET = 1_281_167  # images of ImageNet-1K's training set
 KINETICS = 240_000  # clips of Kinetics-400's, about: VideoMAE, appendix
+SSV2 = 168_913  # of Something-Something V2's
+UCF101 = 9_537  # of UCF101's, first split
 
 PLANS = (
-    Plan(
-        title="ConvMAE-B, ImageNet, 200 epochs",
-        recipe=imagenet_pretrain,
-        side="convmae",
-        samples=IMAGENET,
-        epochs=200,
-        published="512",
-    ),
-    Plan(
-        title="ConvMAE-B, ImageNet, 1600 epochs",
-        recipe=imagenet_pretrain,
-        side="convmae",
-        samples=IMAGENET,
-        epochs=1600,
-        published="4000",
-    ),
-    Plan(
-        title="FastConvMAE-B, ImageNet, 50 epochs",
-        recipe=imagenet_pretrain,
-        side="fastconvmae",
-        samples=IMAGENET,
-        epochs=50,
-        batch=512,
-        published="266",
-    ),
-    Plan(
-        title="VideoConvMAE-B, Kinetics, 200 epochs",
-        recipe=kinetics_pretrain,
-        side="videoconvmae-k3",
-        samples=KINETICS,
-        epochs=200,
-    ),
-    Plan(
-        title="VideoConvMAE-B, Kinetics, 800 epochs",
-        recipe=kinetics_pretrain,
-        side="videoconvmae-k3",
-        samples=KINETICS,
-        epochs=800,
-    ),
-    Plan(
-        title="half decoded, Kinetics, 800 epochs",
-        recipe=kinetics_pretrain,
-        side="videoconvmae-half",
-        samples=KINETICS,
-        epochs=800,
-    ),
+    Plan(recipe=imagenet_pretrain, side="convmae", samples=IMAGENET, epochs=200, published="512"),
+    Plan(recipe=imagenet_pretrain, side="convmae", samples=IMAGENET, published="4000"),
+    Plan(recipe=imagenet_fast_pretrain, side="fastconvmae", samples=IMAGENET, published="266"),
+    Plan(recipe=imagenet_cmae, side="mae-cmae", samples=IMAGENET),
+    Plan(recipe=kinetics_pretrain, side="videoconvmae-k3", samples=KINETICS, epochs=200),
+    Plan(recipe=kinetics_pretrain, side="videoconvmae-k3", samples=KINETICS),
+    Plan(recipe=kinetics_half_decoded, side="videoconvmae-half", samples=KINETICS),
+    Plan(recipe=kinetics_cmae, side="videoconvmae-cmae", samples=KINETICS),
+    Plan(recipe=ssv2_pretrain, side="videoconvmae-k3", samples=SSV2),
+    Plan(recipe=ucf101_pretrain, side="videoconvmae-tube75", samples=UCF101),
 )
 
 PEERS = (
@@ -202,13 +192,12 @@ class Row:
 
 def project(plan: Plan, seconds: float, options: Options) -> Iterator[Row]:
     """A plan's rows, from the seconds of a sample on one GPU."""
-    run = plan.recipe()
-    batch = plan.batch or run.batch_size
+    run = plan.run()
     with torch.device("meta"):
         model = run.model.build()
     size = options.gradient_bytes * sum(each.numel() for each in model.parameters() if each.requires_grad)
     for gpus in options.gpus:
-        share = -(-batch // gpus)
+        share = -(-run.batch_size // gpus)
         compute = seconds * share
         for network in NETWORKS if gpus > GPUS_OF_A_NODE else NETWORKS[:1]:
             exchange = network.seconds(size, gpus, options.reached)
@@ -221,7 +210,7 @@ def project(plan: Plan, seconds: float, options: Options) -> Iterator[Row]:
                 compute=compute,
                 exchange=exchange,
                 exposed=exchange - hidden,
-                steps=max(1, round(plan.epochs * plan.samples / batch)),
+                steps=max(1, round(run.epochs * plan.samples / run.batch_size)),
                 published=plan.published,
             )
 
@@ -276,20 +265,36 @@ def objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from objects(each)
 
 
-def assumptions(options: Options, seconds: dict[str, float]) -> Iterator[str]:
+def stand_ins(planned: Sequence[Plan]) -> Iterator[str]:
+    """The plans whose step is timed by a side that hides something else."""
+    hides = {side.name: side.source.masking for side in sides(base())}
+    for plan in planned:
+        if hides[plan.side] != plan.masking:
+            yield (
+                f"- {plan.side} stands in for {plan.recipe.__name__}: it hides {hides[plan.side]}, "
+                f"the recipe {plan.masking}"
+            )
+
+
+def assumptions(options: Options, planned: Sequence[Plan], seconds: dict[str, float]) -> Iterator[str]:
     """All that the figures take for granted."""
     yield "Taken for granted:"
     for side, of_one in seconds.items():
         yield f"- a sample of {side} takes {1000 * of_one:.3f} ms on one GPU, forward and backward, whatever its share"
     if options.read is not None:
         yield measured_on(options.read)
-    yield "- data are never waited for; the optimiser, checkpoints and pictures cost nothing"
+    yield from stand_ins(planned)
+    yield "- data are never waited for; the optimiser, a target's update, checkpoints and pictures cost nothing"
     yield f"- gradients of {options.gradient_bytes} bytes a parameter, all-reduced in rings once a step"
     ways = "; ".join(f"{network.name} of {network.speed}, {network.between:g} GB/s a node" for network in NETWORKS)
     yield f"- nodes of {GPUS_OF_A_NODE} with NVLink of {NETWORKS[0].within:g} GB/s a GPU; between them {ways}"
     yield f"- an exchange reaches {options.reached:.0%} of these bandwidths; latencies and stragglers are left out"
     yield f"- {options.hidden:.0%} of it goes on behind the backward pass, which is two thirds of a step"
-    yield f"- {IMAGENET:,} images or {KINETICS:,} clips an epoch"
+    yield "- CMAE's exchange of keys and of BatchNorm's sums is left out"
+    yield (
+        f"- an epoch is {IMAGENET:,} images, {KINETICS:,} clips of Kinetics, {SSV2:,} of Something-Something V2, "
+        f"{UCF101:,} of UCF101"
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -332,7 +337,8 @@ def main(options: Options) -> list[Row]:
         sides = ", ".join(dict.fromkeys(plan.side for plan in PLANS))
         raise ValueError(f"no times: give --read FILE or --step-seconds SIDE=SECONDS, for any of {sides}")
     rows = [row for plan in planned for row in project(plan, seconds[plan.side], options)]
-    console.print(*assumptions(options, {plan.side: seconds[plan.side] for plan in planned}), sep="\n", markup=False)
+    timed = {plan.side: seconds[plan.side] for plan in planned}
+    console.print(*assumptions(options, planned, timed), sep="\n", markup=False)
     console.print(table(rows))
     console.print("Published, not on the GPUs assumed here:", *PEERS, sep="\n- ", markup=False)
     if options.json is not None:

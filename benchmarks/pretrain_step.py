@@ -2,7 +2,9 @@
 
     python benchmarks/pretrain_step.py                            Base, on the GPU if there is one
     python benchmarks/pretrain_step.py --device cpu --only image
-    python benchmarks/pretrain_step.py --compile --batch-sizes 8 32 64 --json step.json
+    python benchmarks/pretrain_step.py --compile --batch-sizes 8 32 64 --json step.json      again: goes on
+    python benchmarks/pretrain_step.py --sides convmae convmae-cmae --optimiser              a contrastive step
+    python benchmarks/pretrain_step.py --sides convmae-finetune convmae-finetune-dense       a finetuning step
     python benchmarks/pretrain_step.py --quick                    tiny models, to see that it runs
 
 See benchmarks/README.md for what is measured, and how.
@@ -13,8 +15,9 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +31,8 @@ from rich.table import Table
 from sides import Family, Side, base, installed, sides, tiny
 
 import convmae
+from convmae.files import write_whole
 
-PEERS: dict[Family, str] = {"video": "videomae", "image": "mae"}
 LIBRARIES = ("transformers", "timm", "triton")
 
 
@@ -56,13 +59,15 @@ class Options:
     only: Family | None = None
     """Only the sides on clips, or on images."""
     sides: tuple[str, ...] = ()
-    """Only these sides, by name: videoconvmae-k3 videoconvmae-dense-k3 videomae convmae ..."""
+    """Only these sides, by name: videoconvmae-k3 videoconvmae-dense-k3 videomae convmae ... Contrastive steps (-cmae),
+    finetuning (-finetune, -finetune-dense, -finetune-dense-last) and videoconvmae-tube75 are taken only so."""
     peak_tflops: float | None = None
     """The device's peak TFLOP/s in the dtype, for the share of it that is used. Known for some GPUs in bfloat16."""
     limit: float = 300.0
     """Seconds that a side may take at a batch size on the GPU, compilation included, before it is given up."""
     json: Path | None = None
-    """Write all figures here, after each that is new."""
+    """Write all figures here, after each that is new. What it holds already of a run of the same kind is taken over,
+    and only the rest is measured: so a run that was ended goes on."""
     quick: bool = False
     """Tiny models, to see that it runs: the figures mean nothing."""
 
@@ -97,7 +102,7 @@ class Options:
         return sides(tiny() if self.quick else base())
 
     def selected(self) -> list[Side]:
-        """The sides asked for, those of optional libraries included.
+        """The sides asked for, those of optional libraries included; without `--sides` all but those by name only.
 
         Raises:
             ValueError: a name is unknown, or no side is left.
@@ -107,11 +112,24 @@ class Options:
         if unknown:
             names = ", ".join(side.name for side in known)
             raise ValueError(f"--sides {' '.join(unknown)}: no such side; there are {names}")
-        named = [side for side in known if not self.sides or side.name in self.sides]
+        named = [side for side in known if (side.name in self.sides if self.sides else not side.by_name)]
         chosen = [side for side in named if self.only in (None, side.family)]
         if not chosen:
             raise ValueError(f"--sides {' '.join(self.sides)} --only {self.only}: no side is left")
         return chosen
+
+    def kind(self, step: Step) -> dict[str, Any]:
+        """What runs must have in common for their figures to stand in one table."""
+        return {
+            "device": device_name(step),
+            "dtype": str(step.dtype).removeprefix("torch."),
+            "compiled": step.compiled,
+            "cuda_graphs": step.graphs,
+            "optimiser": step.optimised,
+            "rounds": self.rounds,
+            "quick": self.quick,
+            "torch": torch.__version__,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +247,6 @@ class Report:
     Args:
         sides: in the order of the tables.
         step: how a step was run.
-        device: the device's name.
         peak: the device's peak FLOP/s, if known.
         works: of the sides whose work could be counted, by name.
         results: by side and batch size, in the order in which they came.
@@ -238,7 +255,6 @@ class Report:
 
     sides: Sequence[Side]
     step: Step
-    device: str
     peak: float | None
     works: Mapping[str, Work]
     results: Sequence[Result]
@@ -280,20 +296,20 @@ class Report:
         return [(demand, demand.value(results, shares)) for demand in (ON_CPU if self.step.device == "cpu" else ON_GPU)]
 
     def costs(self, clips: int) -> Table:
-        """Time and peak memory at a batch size; ratios to the plain ViT of the same family, where it was measured."""
+        """Time and peak memory at a batch size; ratios to each side's peer, where that was measured."""
         sizes = " or ".join(f"{clips * per_clip} {unit}" for unit, per_clip in self._units().items())
         what = "Forward, backward and AdamW" if self.step.optimised else "Forward and backward"
         table = aligned(
             f"{what}, {sizes} a step",
             *("side", "median s", "min .. max s", "samples/s", "time / peer", "peak MiB", "peak / peer"),
-            *("MFU", "graph breaks"),
+            *("peer", "MFU", "graph breaks"),
         )
         measured = self.measured(clips)
         for side, result in self.at(clips):
             if result.failure is not None:
-                table.add_row(side.title, result.failure.partition(":")[0], *["-"] * 7)
+                table.add_row(side.title, result.failure.partition(":")[0], *["-"] * 8)
                 continue
-            peer, share = measured.get(PEERS[side.family]), self.utilisation(result)
+            peer, share = measured.get(side.peer), self.utilisation(result)
             table.add_row(
                 side.title,
                 f"{result.median:.4f}",
@@ -302,6 +318,7 @@ class Report:
                 f"{ratio(result.seconds, peer.seconds):.2f}" if peer else "-",
                 f"{result.memory / 2**20:.0f}",
                 f"{result.memory / peer.memory:.2f}" if peer else "-",
+                side.peer if peer else "-",
                 "-" if share is None else f"{share:.1%}",
                 "-" if result.graph_breaks is None else str(result.graph_breaks),
             )
@@ -360,16 +377,12 @@ class Report:
             yield self.failures()
         yield self.verdicts()
 
-    def figures(self, header: Sequence[str]) -> dict[str, Any]:
-        """All figures, as plain data: seconds, bytes, multiply-accumulates."""
+    def figures(self, header: Sequence[str], kind: Mapping[str, Any]) -> dict[str, Any]:
+        """All figures, as plain data: seconds, bytes, multiply-accumulates; kind: see `Options.kind`."""
         by_name = {side.name: side for side in self.sides}
         return {
             "header": list(header),
-            "device": self.device,
-            "dtype": str(self.step.dtype).removeprefix("torch."),
-            "compiled": self.step.compiled,
-            "optimiser": self.step.optimised,
-            "quick": self.quick,
+            **kind,
             "peak_flops": self.peak,
             "work": {name: asdict(work) for name, work in self.works.items()},
             "results": [
@@ -377,6 +390,7 @@ class Report:
                     **asdict(result),
                     "title": by_name[result.name].title.strip(),
                     "family": by_name[result.name].family,
+                    "peer": by_name[result.name].peer,
                     "median": result.median if result.seconds else None,
                     "samples_per_second": result.samples / result.median if result.seconds else None,
                     "utilisation": self.utilisation(result),
@@ -425,7 +439,7 @@ def told(result: Result) -> Iterator[str]:
     """A result as it comes, in lines."""
     if result.agreement:
         latent, loss = result.agreement
-        yield f"{result.name}: latent within {latent:.0e}, loss within {loss:.0e} of the sparse form"
+        yield f"{result.name}: latent within {latent:.0e}, loss within {loss:.0e} of our form"
     figures = result.failure or f"{result.median:.4f} s, peak {result.memory / 2**20:.0f} MiB"
     yield f"{result.name}, {result.clips} clips: {figures}"
 
@@ -440,57 +454,103 @@ def available(chosen: Sequence[Side], console: Console) -> list[Side]:
     return [side for side in chosen if side not in missing]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What a file holds of a run that was ended: its header, works and results; of failures nothing."""
+
+    header: tuple[str, ...] = ()
+    works: Mapping[str, Work]
+    results: tuple[Result, ...] = ()
+
+
+def earlier(path: Path | None, kind: Mapping[str, Any], known: Sequence[Side]) -> Earlier:
+    """Read what `--json` wrote before; nothing where there is no file.
+
+    Raises:
+        ValueError: the file is not of a run of this kind.
+    """
+    if path is None or not path.exists():
+        return Earlier(works={})
+    found = json.loads(path.read_text())
+    if other := [name for name, value in kind.items() if found.get(name) != value]:
+        theirs = ", ".join(f"{name} {found.get(name)}, not {kind[name]}" for name in other)
+        raise ValueError(f"--json {path}: holds a run of another kind ({theirs}); give another file, or remove it")
+    names = {side.name for side in known}
+    return Earlier(
+        header=tuple(found["header"]),
+        works={name: Work(**work) for name, work in found["work"].items() if name in names},
+        results=tuple(restored(row) for row in found["results"] if row["name"] in names and row["failure"] is None),
+    )
+
+
+def restored(row: Mapping[str, Any]) -> Result:
+    """A result as it was before it was written."""
+    own = {field.name: row[field.name] for field in fields(Result)}
+    return Result(**own | {name: own[name] and tuple(own[name]) for name in ("seconds", "agreement")})
+
+
+def missing(
+    chosen: Sequence[Side], sizes: Sequence[int], results: Sequence[Result]
+) -> Iterator[tuple[list[Side], list[int]]]:
+    """The sides that lack results, with the batch sizes at which they do: together where these are the same."""
+    done = {(result.name, result.clips) for result in results}
+    lacking: dict[tuple[int, ...], list[Side]] = defaultdict(list)
+    for side in chosen:
+        lacking[tuple(size for size in sizes if (side.name, size) not in done)].append(side)
+    yield from ((group, list(owed)) for owed, group in lacking.items() if owed)
+
+
 def main(options: Options) -> None:
     """Measure what was asked for, and print it.
 
     Raises:
-        ValueError: `--sides` has an unknown name, no side is left, or a batch size is not positive.
+        ValueError: `--sides` has an unknown name, no side is left, a batch size is not positive, or `--json` is a file
+            of a run of another kind.
     """
     console, progress = Console(highlight=False), Console(stderr=True, style="dim", highlight=False)
     if not console.is_terminal:
-        console.width = 150
+        console.width = 170
     be_fair()
     step = options.step()
     sizes, peak = options.sizes(step.device), options.peak(step)
     chosen = available(options.selected(), console)
+    kind, known = options.kind(step), options.known()
+    before = earlier(options.json, kind, known)
     header = list(headline(step, peak))
     console.print(*header, sep="\n")
-
-    counting = {} if step.device == "cuda" else count_works(chosen)  # a busy processor holds a GPU up
-    works: dict[str, Work] = {}
-    results: list[Result] = []
+    if before.results:
+        console.print(f"{len(before.results)} results are taken over from {options.json}", markup=False)
+    works: dict[str, Work] = dict(before.works)
+    results: list[Result] = list(before.results)
+    asked = {side.name for side in chosen} | {result.name for result in results}
 
     def report() -> Report:
         return Report(
-            sides=chosen,
+            sides=[side for side in known if side.name in asked],
             step=step,
-            device=device_name(step),
             peak=peak,
             works=works,
             results=results,
             quick=options.quick,
         )
 
-    def collect() -> None:
-        for name, future in counting.items():
-            try:
-                works[name] = future.result(options.limit)
-                progress.print(f"{name}: {works[name].forward / 1e9:.2f} GMAC")
-            except Exception as problem:  # a side without its work still has its time
-                progress.print(f"{name}: its work was not counted: {reason(problem)}", markup=False)
-
     def write() -> None:
         if options.json:
-            options.json.write_text(json.dumps(report().figures(header), indent=1) + "\n")
+            figures = report().figures([*before.header, *header], kind)
+            write_whole(options.json, json.dumps(figures, indent=1) + "\n")  # a time limit may end this as well
 
-    collect()
-    for result in measure(chosen, sizes, step, count=options.rounds, limit=options.limit):
-        results.append(result)
-        progress.print(*told(result), sep="\n", markup=False)
+    for name, future in count_works([side for side in chosen if side.name not in works]).items():
+        try:
+            works[name] = future.result(options.limit)
+            progress.print(f"{name}: {works[name].forward / 1e9:.2f} GMAC")
+        except Exception as problem:  # a side without its work still has its time
+            progress.print(f"{name}: its work was not counted: {reason(problem)}", markup=False)
         write()
-    if not works:
-        counting = count_works(chosen)
-        collect()
+    for group, owed in missing(chosen, sizes, results):
+        for result in measure(group, owed, step, count=options.rounds, limit=options.limit):
+            results.append(result)
+            progress.print(*told(result), sep="\n", markup=False)
+            write()
     write()
     console.print(*report().tables(), sep="\n")
 

@@ -255,8 +255,7 @@ def record(side: Side, samples: int, step: Step, *, steps: int, trace: Path) -> 
     optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
 
     def once() -> None:
-        step.run(module, x, mask)
-        optimiser.step()
+        step.run(module, x, mask, optimiser)
         optimiser.zero_grad(set_to_none=True)
 
     def finish() -> None:

@@ -1,7 +1,7 @@
 """How a training step's cost grows with shown tokens, frames and resolution: VideoConvMAE-B beside VideoMAE-B.
 
-    python benchmarks/scaling.py --plot scaling.png --json scaling.json     all three, eager, about a minute on an H100
-    python benchmarks/scaling.py --panels shown --compile                   compiled: about a minute for each point
+    python benchmarks/scaling.py --plot scaling.png --json scaling.json     all three, eager
+    python benchmarks/scaling.py --panels shown --compile                   compiled, each point anew
     python benchmarks/scaling.py --quick                                    tiny models, to see that it runs
 
 VideoMAE-B is our plain ViT with the input, masking, decoder and target of VideoConvMAE-B. A step is forward and

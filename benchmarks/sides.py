@@ -1,7 +1,8 @@
 """The sides of the comparison. Each is a module called `side(x, mask) -> loss`, on the same inputs and masks.
 
-`x (B, C, *size)` is ImageNet-normalised, the mask boolean `(B, *grid)`, True = hidden. A side of transformers is
-made from the numbers of our builder of the same form, so that the two cannot differ in size.
+`x (B, C, *size)` is ImageNet-normalised, the mask boolean `(B, *grid)`, True = hidden; finetuning sees the whole input
+and leaves the mask alone. A side of transformers is made from the numbers of our builder of the same form, so that the
+two cannot differ in size.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ from typing import Any, Literal
 
 import hiera
 import torch
-from dense_masked import DenseMasked
+import torch.nn.functional as F
+from dense_masked import DenseMasked, convolve, disagreement, over_channels
 from torch import Tensor, nn
 
-from convmae import MAE, ConvMAE, ConvStage, masking
+from convmae import CMAE, MAE, ConvMAE, ConvStage, masking
 from convmae.builders import AttentionStage, Decoder, Stage
+from convmae.nn.classifier import Classifier
+from convmae.nn.contrast import ContrastiveMaskedAutoencoder
+from convmae.nn.layers import ConvolutionBlock
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
+from convmae.nn.trunk import AttentionStage as AttentionStageModule
+from convmae.nn.trunk import ConvolutionStage
 from video import VideoConvMAE
 
 Family = Literal["video", "image"]
 TEMPORAL_KERNELS = (1, 3, 5)
+CLASSES = 1000  # ImageNet's; clips get as many, for a head costs nothing beside its trunk
 
 
 def installed(library: str | None) -> bool:
@@ -35,7 +43,8 @@ class Pretraining(nn.Module):
     """A model of ours, or its dense-masked form.
 
     The mask is taken on the CPU, as a loader draws it: what it shows is worked out there, before the model, so that
-    nothing waits for a GPU and torch.compile sees the model alone.
+    nothing waits for a GPU and torch.compile sees the model alone. A contrastive model gets the same pixels as both of
+    its views, which costs what two views do.
     """
 
     def __init__(self, model: MaskedAutoencoder | DenseMasked) -> None:
@@ -51,6 +60,80 @@ class Pretraining(nn.Module):
         trunk = self.model.trunk if isinstance(self.model, MaskedAutoencoder) else self.model.model.trunk
         loss: Tensor = self.model(x, trunk.shown(mask, device=x.device))["loss"]
         return loss
+
+    def follow(self) -> None:
+        """Let the target of a contrastive model follow, as after every step of an optimiser; others have none."""
+        if isinstance(self.model, ContrastiveMaskedAutoencoder):
+            self.model.update_target(self.model.momentum(0.0))
+
+    def disagreement(self, x: Tensor, mask: Tensor) -> tuple[float, float] | None:
+        """How far the dense-masked form is from the model, see `dense_masked.disagreement`; None for the model."""
+        return disagreement(self.model, x, mask) if isinstance(self.model, DenseMasked) else None
+
+
+class DenseClassifier(nn.Module):
+    """A finetuning network of ours run in the published form: plain convolutions, on the same parameters.
+
+    For trunks of convolution stages with one attention stage at the end, without class token, pooled by the mean.
+
+    Args:
+        model: the network.
+        layout: of the maps in memory; channels come first in the authors' code.
+    """
+
+    def __init__(self, model: Classifier, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+
+    def pool(self, x: Tensor) -> Tensor:
+        """`x (B, C, *size) -> (B, D)`, as `Classifier.pool`."""
+        *convolutions, attention = self.model.trunk.stages
+        x = x.contiguous(memory_format=self.layout)
+        for stage in convolutions:
+            assert isinstance(stage, ConvolutionStage)
+            embedded = over_channels(stage.norm, convolve(x, stage.embedding))
+            x = F.gelu(embedded).contiguous(memory_format=self.layout)
+            for block in stage.blocks:
+                assert isinstance(block, ConvolutionBlock)
+                mixed = convolve(over_channels(block.norm1, x), block.into)
+                x = x + convolve(convolve(mixed, block.depthwise), block.out)
+                x = x + convolve(F.gelu(convolve(over_channels(block.norm2, x), block.mlp[0])), block.mlp[2])
+        assert isinstance(attention, AttentionStageModule)
+        embedded = over_channels(attention.norm, convolve(x, attention.embedding))
+        cells = attention.linear(attention.activation(embedded).movedim(1, -1)) + attention.positions
+        tokens = cells.flatten(1, -2)
+        for block in attention.blocks:
+            tokens = block(tokens)
+        pooled: Tensor = self.model.norm(tokens.mean(1))
+        return pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (B, C, *size) -> (B, classes)`, logits."""
+        out: Tensor = self.model.head(self.model.dropout(self.pool(x)))
+        return out
+
+
+class Finetuning(nn.Module):
+    """A classifier of ours, or its published form, with cross entropy; drop path and dropout are off."""
+
+    def __init__(self, model: Classifier | DenseClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The scalar loss of the whole input; labels are counted up, which costs what others do."""
+        logits = self.model(x)
+        return F.cross_entropy(logits.float(), torch.arange(len(x), device=x.device) % CLASSES)
+
+    @torch.no_grad()
+    def disagreement(self, x: Tensor, mask: Tensor) -> tuple[float, float] | None:
+        """How far the published form is from the model: of what the head sees, and of the loss; None for the model."""
+        if not isinstance(self.model, DenseClassifier):
+            return None
+        ours, theirs = self.model.model.pool(x), self.model.pool(x)
+        losses = Finetuning(self.model.model)(x, mask).item(), self(x, mask).item()
+        return ((ours - theirs).abs().max() / theirs.abs().max()).item(), abs(losses[0] / losses[1] - 1)
 
 
 class TransformersVideoMAE(nn.Module):
@@ -153,6 +236,8 @@ class Side:
         family: whether it takes clips or images.
         source: the builder of the model, or of the form that a peer's model has; it says size and masking.
         make: the module, from the source.
+        peer: the side over whose time and peak memory its own are given.
+        by_name: whether it is measured only where `--sides` names it.
         per_clip: samples that count as one clip: images have one for every two frames, so as many tokens.
         needs: the library that `make` imports, if it needs one that is optional.
         mask_on_device: whether the module takes its mask where the pixels are, or on the CPU.
@@ -163,6 +248,8 @@ class Side:
     family: Family
     source: MAE
     make: Callable[[MAE], nn.Module]
+    peer: str
+    by_name: bool = False
     per_clip: int = 1
     needs: str | None = None
     mask_on_device: bool = True
@@ -172,10 +259,8 @@ class Side:
         return _module(self.make, self.source)
 
     def draw_masks(self, size: int, generator: torch.Generator) -> Tensor:
-        """Masks for so many samples on the CPU, as the model draws them; a peer's by the masking of its source."""
-        if self.make in (sparse, dense):
-            return _model(self.source).draw_masks(size, generator)
-        return self.source.masking(size, self.source.grid, generator)
+        """Masks for so many samples on the CPU, as the source's model draws them."""
+        return masking.draw(self.source.masking, self.source.part, size, self.source.grid, generator)
 
 
 @cache
@@ -188,6 +273,11 @@ def _model(builder: MAE) -> MaskedAutoencoder:
     return builder.build()
 
 
+@cache
+def _classifier(builder: MAE) -> Classifier:
+    return builder.classifier(CLASSES).build()
+
+
 def sparse(builder: MAE) -> nn.Module:
     """The model as it is."""
     return Pretraining(_model(builder))
@@ -196,6 +286,26 @@ def sparse(builder: MAE) -> nn.Module:
 def dense(builder: MAE) -> nn.Module:
     """The model in the published form."""
     return Pretraining(DenseMasked(_model(builder)))
+
+
+def contrastive(builder: MAE) -> nn.Module:
+    """The model with a momentum target and contrast beside it."""
+    return Pretraining(CMAE(mae=builder).build())
+
+
+def finetuned(builder: MAE) -> nn.Module:
+    """The finetuning network as it is."""
+    return Finetuning(_classifier(builder))
+
+
+def finetuned_dense(builder: MAE) -> nn.Module:
+    """The finetuning network in the published form."""
+    return Finetuning(DenseClassifier(_classifier(builder), torch.contiguous_format))
+
+
+def finetuned_dense_last(builder: MAE) -> nn.Module:
+    """The finetuning network in the published form, channels last in memory; of images."""
+    return Finetuning(DenseClassifier(_classifier(builder), torch.channels_last))
 
 
 def with_temporal_kernel(builder: VideoConvMAE, kernel: int) -> VideoConvMAE:
@@ -291,7 +401,7 @@ def sides(models: Models) -> list[Side]:
 
 
 def _on_clips(models: Models) -> Iterator[Side]:
-    clip = partial(Side, family="video")
+    clip = partial(Side, family="video", peer="videomae")
     ours = partial(clip, mask_on_device=False)
     kernels = {kernel: with_temporal_kernel(models.clips, kernel) for kernel in TEMPORAL_KERNELS}
     for kernel, clips in kernels.items():
@@ -321,10 +431,27 @@ def _on_clips(models: Models) -> Iterator[Side]:
         make=hiera.HieraMAE,
         needs="timm",
     )
+    asked = partial(ours, source=kernels[3], by_name=True)
+    yield asked(
+        name="videoconvmae-tube75",
+        title=f"VideoConvMAE-{models.size}, tubes at 0.75",
+        source=kernels[3].mask(masking.tube(0.75)),
+        make=sparse,
+    )
+    yield asked(
+        name="videoconvmae-cmae",
+        title=f"CMAE over VideoConvMAE-{models.size}",
+        make=contrastive,
+        peer="videoconvmae-k3",
+    )
+    finetuning = partial(asked, peer="videoconvmae-finetune")
+    title = f"VideoConvMAE-{models.size}, finetuning"
+    yield finetuning(name="videoconvmae-finetune", title=title, make=finetuned)
+    yield finetuning(name="videoconvmae-finetune-dense", title="  published form", make=finetuned_dense)
 
 
 def _on_images(models: Models) -> Iterator[Side]:
-    image = partial(Side, family="image", per_clip=models.clips.size[0] // 2)
+    image = partial(Side, family="image", peer="mae", per_clip=models.clips.size[0] // 2)
     ours = partial(image, mask_on_device=False)
     yield ours(name="convmae", title=f"ConvMAE-{models.size}", source=models.images, make=sparse)
     yield ours(
@@ -356,3 +483,17 @@ def _on_images(models: Models) -> Iterator[Side]:
         make=TransformersHiera,
         needs="transformers",
     )
+    asked = partial(ours, source=models.images, by_name=True)
+    title = f"CMAE over ConvMAE-{models.size}"
+    yield asked(name="convmae-cmae", title=title, make=contrastive, peer="convmae")
+    yield asked(
+        name="mae-cmae",
+        title=f"CMAE over MAE-{models.size}",
+        source=models.plain_images,
+        make=contrastive,
+        peer="mae",
+    )
+    finetuning = partial(asked, peer="convmae-finetune")
+    yield finetuning(name="convmae-finetune", title=f"ConvMAE-{models.size}, finetuning", make=finetuned)
+    yield finetuning(name="convmae-finetune-dense", title="  published form", make=finetuned_dense)
+    yield finetuning(name="convmae-finetune-dense-last", title="  channels last", make=finetuned_dense_last)

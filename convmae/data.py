@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -155,7 +156,7 @@ class Stream:
         seed: of the run.
         batch_size: of a step over all processes.
         rank, world: this process and how many share a step; every step's samples are dealt out to them in turn.
-        micro_batch: the most that a process takes at once; None = its whole share of a step.
+        micro_batch: the most that a process takes at once, of a share that is cut evenly; None = the whole of it.
         draw_mask: draws a mask from a generator, `(1, *grid)`, or `(groups, *grid)`; None draws none.
         detour: another number is another order, and other augmentation and masks, of the same samples.
         once: take every sample once, in the order that they are listed in, as a test does; the last step may be short,
@@ -191,9 +192,17 @@ class Stream:
 
     @property
     def most(self) -> int:
-        """The rows of a whole micro-batch, the same for all processes."""
-        share = -(-self.drawn // self.world) * repeats(self.samples)
-        return min(self.micro_batch or share, share)
+        """The rows of the largest micro-batch, the same for all processes."""
+        return self._cuts()[1] * repeats(self.samples)
+
+    def _cuts(self) -> list[int]:
+        """Where a share is cut into micro-batches, whose numbers of samples differ by one at most.
+
+        A last one of what is left over could be a sample alone, which a contrast would compare with nothing.
+        """
+        share = -(-self.drawn // self.world)
+        pieces = -(-share // (self.micro_batch // repeats(self.samples))) if self.micro_batch else 1
+        return [-(-share * at // pieces) for at in range(pieces + 1)]
 
     def steps_in(self, epochs: float) -> int:
         """Steps in so many passes over the samples, at least one."""
@@ -209,9 +218,7 @@ class Stream:
         first = step * self.drawn
         stop = min(first + self.drawn, len(self.samples)) if self.once else first + self.drawn
         own = range(first + self.rank, stop, self.world)
-        most = -(-self.drawn // self.world)
-        size = self.micro_batch // repeats(self.samples) if self.micro_batch else most
-        return [list(own[at : at + size]) for at in range(0, most, size)]
+        return [list(own[start:end]) for start, end in pairwise(self._cuts())]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, by index, as they are taken."""

@@ -33,7 +33,7 @@ class Learner(Protocol):
     def begin(self, most: int) -> None:
         """Called once the model is on its device and shared among the processes, before anything is taken up.
 
-        `most` is the number of samples of a whole micro-batch, the same for all processes.
+        `most` is the number of samples of the largest micro-batch, the same for all processes.
         """
         ...
 

@@ -65,7 +65,7 @@ def imagenet_cmae() -> Pretrain:
     changed in colour; temperature 0.07, both losses weighted 1. 300 epochs; 800 and 1600 are published too. Finetuned
     by `imagenet_finetune`, whose numbers are CMAE's for 300 epochs; from 1600, with half its learning rate.
 
-    Accumulation leaves each sample fewer keys: micro-batch times processes, of the published 4096.
+    Accumulation leaves each sample fewer keys: at most micro-batch times processes, of the published 4096.
 
     Paper and code disagree. The mask ratio is 0.65 in the code, and here, 0.75 in the paper: `.mask(masking.block(0.75,
     2))` of the model. The paper lets the momentum rise, the code's configurations keep 0.996, as here:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from runs import TinyRun
 
+import convmae.recipes
+import video.recipes
 from convmae import ConvMAE, micro_batch
 from convmae.micro_batch import Rehearsal, Trial, predicted, search
 
@@ -291,7 +293,7 @@ def test_the_profile_of_a_tiny_step_shows_its_operators(tmp_path: Path, capsys: 
 
 def rows(**changes: Any) -> Iterator[plan.Row]:
     options = plan.Options(gpus=(8, 64), reached=1.0, **changes)
-    (kinetics,) = (one for one in plan.PLANS if one.title == "VideoConvMAE-B, Kinetics, 800 epochs")
+    (kinetics,) = (one for one in plan.PLANS if one.title == "kinetics_pretrain, 800 epochs")
     return plan.project(kinetics, 0.004, options)
 
 
@@ -317,6 +319,26 @@ def test_what_is_hidden_is_at_most_the_backward_pass_and_fewer_bytes_take_less()
         assert half.exchange == pytest.approx(whole.exchange / 2)
 
 
+def test_every_published_pretraining_recipe_is_planned_by_its_own_numbers() -> None:
+    wanted = {
+        name
+        for module in (convmae.recipes, video.recipes)
+        for name in vars(module)
+        if name.endswith(("_pretrain", "_cmae")) and not name.startswith("demo")
+    }
+    assert wanted | {"kinetics_half_decoded"} == {one.recipe.__name__ for one in plan.PLANS}
+    assert {one.side for one in plan.PLANS} <= {side.name for side in sides(tiny())}
+    (fast,) = (one for one in plan.PLANS if one.recipe is convmae.recipes.imagenet_fast_pretrain)
+    (row,) = plan.project(fast, 0.001, plan.Options(gpus=(8,)))
+    assert (row.plan, row.share, row.steps) == ("imagenet_fast_pretrain, 50 epochs", 64, round(50 * 1_281_167 / 512))
+
+
+def test_a_side_that_hides_something_else_than_the_recipe_stands_in_and_it_is_said() -> None:
+    (line,) = plan.stand_ins(plan.PLANS)
+    assert line.startswith("- mae-cmae stands in for imagenet_cmae: it hides masking.BlockMasking(ratio=0.75")
+    assert "the recipe masking.BlockMasking(ratio=0.65, block=(2, 2)" in line
+
+
 def test_times_are_read_from_what_the_step_benchmark_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "step.json"
     file.write_text(
@@ -335,11 +357,12 @@ def test_times_are_read_from_what_the_step_benchmark_wrote(tmp_path: Path, capsy
     )
     assert plan.read_seconds(file) == {"convmae": (640, 0.002), "videoconvmae-k3": (10, 0.01)}
     found = plan.main(plan.Options(read=file, step_seconds=("convmae=0.001",)))
-    assert len(found) == 4 * 5
+    assert len(found) == 5 * 5
     assert found[0].compute == pytest.approx(0.128)
     out = capsys.readouterr().out
     assert "Taken for granted" in out
     assert "tiny models" in out
+    assert "CMAE's exchange of keys and of BatchNorm's sums is left out" in out
     assert "4000" in out
     with pytest.raises(ValueError, match="--step-seconds"):
         plan.main(plan.Options())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cmae
 import torch
 import torch.nn.functional as F
 from test_laws import CLIP, IMAGE, assert_near, build, gradients, sample
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convmae import ConvMAE, masking, targets
+from convmae import CMAE, MAE, ConvMAE, masking, targets
 from convmae.grids import Shown
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from convmae.nn.squared_error import squared_error
@@ -29,16 +30,29 @@ KINDS: dict[str, ConvMAE] = {
     "drop path": IMAGE.drop_path(0.3),
 }
 each = pytest.mark.parametrize("builder", KINDS.values(), ids=KINDS.keys())
+STEPS: dict[str, tuple[MAE | CMAE, tuple[str, ...]]] = {
+    **{name: (builder, ()) for name, builder in KINDS.items()},
+    **{f"CMAE of {name}": (builder, ("second",)) for name, builder in test_cmae.CASES.items()},
+    **{f"CMAE of {name}, some rows": (builder, ("second", "valid")) for name, builder in test_cmae.CASES.items()},
+}
+every = pytest.mark.parametrize(("builder", "names"), STEPS.values(), ids=STEPS.keys())
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="whether a GPU is waited for needs a CUDA GPU")
 
 
-def step(builder: ConvMAE, device: str = "cpu") -> tuple[MaskedAutoencoder, Tensor, Tensor, Shown]:
+def step(builder: MAE | CMAE, device: str = "cpu") -> tuple[MaskedAutoencoder, Tensor, Tensor, Shown]:
     """A model in training, uint8 pixels, a mask on the CPU, and what that shows, worked out."""
-    model = build(builder).float().to(device).train()
+    model = test_cmae.build(builder) if isinstance(builder, CMAE) else build(builder)
+    model = model.float().to(device).train()
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (2, 3, *builder.size), dtype=torch.uint8, generator=generator).to(device)
     mask = model.draw_masks(2, generator)
     return model, pixels, mask, model.trunk.shown(mask, device=pixels.device)
+
+
+def beside(names: tuple[str, ...], pixels: Tensor) -> dict[str, Tensor]:
+    """What a contrastive model takes beside pixels and mask, where they are: another view, and which rows count."""
+    found = {"second": pixels.flip(0), "valid": torch.arange(len(pixels), device=pixels.device) > 0}
+    return {name: found[name] for name in names}
 
 
 # --- one graph --------------------------------------------------------------------------------------------------
@@ -118,16 +132,24 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@each
-def test_no_operator_of_the_step_reads_a_value_off_the_device(builder: ConvMAE) -> None:
+@every
+def test_no_operator_of_the_step_reads_a_value_off_the_device(builder: MAE | CMAE, names: tuple[str, ...]) -> None:
     model, pixels, _, shown = step(builder)
+    more = beside(names, pixels)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     with NoWaiting():
-        out = model(pixels, mask=shown)
+        out = model(pixels, mask=shown, **more)
         torch.autograd.backward(out["loss"])
         optimiser.step()
         optimiser.zero_grad()
     assert out["loss"].isfinite()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+def test_the_target_follows_without_a_value_read_off_the_device(momentum: float) -> None:
+    model = test_cmae.build(test_cmae.CLIP)
+    with NoWaiting():
+        model.update_target(momentum)
 
 
 @pytest.mark.parametrize(
@@ -201,19 +223,21 @@ class Pretended:
         self.shown = Shown(model.trunk.grid, index, None if model.part is None else decoded)
         self.pixels = torch.empty(2, 3, *model.trunk.size, dtype=torch.uint8, device="cuda")
 
-    def __call__(self, mask: Tensor | Shown) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = torch.func.functional_call(self.model, self.state, self.pixels, {"mask": mask})
+    def __call__(self, mask: Tensor | Shown, **more: Tensor) -> dict[str, Tensor]:
+        given = {"mask": mask, **more}
+        out: dict[str, Tensor] = torch.func.functional_call(self.model, self.state, self.pixels, given)
         return out
 
 
-@each
-def test_everything_of_the_step_is_made_on_the_device(builder: ConvMAE) -> None:
+@every
+def test_everything_of_the_step_is_made_on_the_device(builder: MAE | CMAE, names: tuple[str, ...]) -> None:
     """On a pretended GPU the step goes the way that is a GPU's alone."""
     model = builder.build().train()
     with FakeTensorMode():
         there = Pretended(model)
+        more = beside(names, there.pixels)
         with NoCrossing():
-            out = there(there.shown)
+            out = there(there.shown, **more)
     assert out["loss"].device.type == "cuda"
     assert there.shown.index is not None
     assert out["prediction"].shape[0] == len(there.shown.index)
@@ -231,15 +255,18 @@ def test_a_mask_on_the_device_or_indices_off_it_cannot_pass() -> None:
 
 
 @on_gpu
-@each
+@every
 @pytest.mark.parametrize("autocast", [False, True])
-def test_on_a_gpu_the_step_is_queued_without_a_wait(builder: ConvMAE, autocast: bool) -> None:
+def test_on_a_gpu_the_step_is_queued_without_a_wait(
+    builder: MAE | CMAE, names: tuple[str, ...], autocast: bool
+) -> None:
     model, pixels, _, shown = step(builder, "cuda")
+    more = beside(names, pixels)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
 
     def once() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss: Tensor = model(pixels, mask=shown)["loss"]
+            loss: Tensor = model(pixels, mask=shown, **more)["loss"]
         torch.autograd.backward(loss)
         optimiser.step()
         optimiser.zero_grad()

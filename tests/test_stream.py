@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,65 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
 
 def test_samples_may_have_an_order_of_their_own() -> None:
     assert labels(taken(Stream(Backwards(6), (2, 2), seed=0, batch_size=3), 0, 2)) == [5, 4, 3, 2, 1, 0]
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+def of_all(shares: list[list[list[int]]]) -> list[list[int]]:
+    """The samples of each micro-batch, of all processes together."""
+    return [sorted(chain(*parts)) for parts in zip(*shares, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "sizes"),
+    [
+        (65, 64, [33, 32]),
+        (64, 64, [64]),
+        (128, 64, [64, 64]),
+        (129, 64, [43, 43, 43]),
+        (21, 5, [5, 4, 4, 4, 4]),
+        (3, 1, [1, 1, 1]),
+        (3, 8, [3]),
+        (3, None, [3]),
+    ],
+)
+def test_a_share_is_cut_evenly(batch_size: int, micro_batch: int | None, sizes: list[int]) -> None:
+    for times in (1, 2):
+        samples, most = Numbered(200, repeats=times), micro_batch and times * micro_batch
+        stream = Stream(samples, (2, 2), seed=0, batch_size=times * batch_size, micro_batch=most)
+        assert [len(numbers) for numbers in stream.share(3)] == sizes
+        assert stream.most == times * sizes[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch", [1, 2, 5, 16])
+def test_no_micro_batch_is_too_large_nor_far_smaller_and_all_processes_have_as_few_as_can_be(
+    world: int, micro_batch: int
+) -> None:
+    for batch_size in range(1, 70):
+        streams = [Stream(Numbered(9), (2, 2), 0, batch_size, rank, world, micro_batch) for rank in range(world)]
+        shares = [stream.share(2) for stream in streams]
+        own = -(-batch_size // world)
+        assert {len(share) for share in shares} == {-(-own // micro_batch)}
+        sizes = [len(numbers) for numbers in shares[0]]
+        assert {stream.most for stream in streams} == {max(sizes)}
+        assert max(sizes) <= micro_batch
+        assert max(sizes) - min(sizes) <= 1
+        assert list(chain(*of_all(shares))) == list(range(2 * batch_size, 3 * batch_size)), "in order"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [((1, 8), (2, 4)), ((1, 8), (8, 1)), ((2, 6), (4, 3)), ((1, None), (3, None))]
+)
+def test_where_shares_are_equal_micro_batches_of_all_processes_are_the_same_on_other_layouts(
+    one: tuple[int, int | None], other: tuple[int, int | None]
+) -> None:
+    found = []
+    for world, micro_batch in (one, other):
+        ranks = [Stream(Numbered(50), (2, 2), 0, 24, rank, world, micro_batch).share(1) for rank in range(world)]
+        found.append(of_all(ranks))
+    assert found[0] == found[1]
 
 
 # --- several clips of a sample ----------------------------------------------------------------------------------------

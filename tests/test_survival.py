@@ -18,9 +18,9 @@ import pytest
 import torch
 from killing import same, told
 from rich.console import Console
-from runs import Noise, NotOfWhite, TinyRun, losses, tiny, together
+from runs import Noise, NotOfWhite, TinyRun, TwoNoises, losses, tiny, together
 
-from convmae import checkpoint
+from convmae import CMAE, MAE, AttentionStage, checkpoint
 from convmae.files import lines
 from convmae.journal import Journal
 from convmae.run_folder import failures, occupied
@@ -345,10 +345,19 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path) -> None:
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
+PLAIN = MAE().input(32).stages(AttentionStage(dim=16, depth=1, stride=(8, 8), heads=2)).decode(dim=16, depth=1, heads=2)
+CONTRASTIVE = CMAE(mae=PLAIN).decode_features(dim=16, depth=1, heads=2).project(hidden=24, dim=8)
+COMPILED: dict[str, dict[str, Any]] = {
+    "ConvMAE": {"model": tiny().drop_path(0)},
+    "CMAE": {"model": CONTRASTIVE, "data": TwoNoises(), "pictures": 0},
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("what", COMPILED)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_compiled_processes_learn_the_same(parallel: str, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"model": tiny().drop_path(0), "epochs": 1, "parallel": parallel}
+def test_two_compiled_processes_learn_the_same(parallel: str, what: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"epochs": 1, "parallel": parallel, **COMPILED[what]}
     for name, compiled in (("eager", False), ("compiled", True)):
         codes, said = together(tmp_path / name, 2, compile=compiled, **changes)
         assert codes == [0, 0], said

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import Case, cases, drawn, errors, exact, reference
+from interpreted import Case, cases, drawn, errors, exact, interpreted, reference
 from runs import tiny
 from test_laws import CLIP, IMAGE, assert_near, build, gradients, sample
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def test_the_triton_form_in_the_interpreter_is_the_dense_reference() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line.pop("case") for line in lines] == [str(case) for case in cases()]
+    assert [line.pop("case") for line in lines] == [str(case) for case in interpreted()]
     worst = {name: max(line[name] for line in lines) for name in ("out", "dx", "dw")}
     assert max(worst.values()) <= 1, lines
 
@@ -88,6 +88,13 @@ def test_the_cases_cover_both_numbers_of_axes_masks_and_precisions() -> None:
     assert {case.weights == case.precision for case in cases()} == {True, False}
     assert any(case.channels > 128 and case.channels % 2 == 0 for case in cases())
     assert any(case.channels % 2 for case in cases())
+
+
+def test_the_interpreter_is_given_masked_cases_drawn_at_random_too() -> None:
+    random = [case for case in interpreted() if case not in list(cases())]
+    assert {len(case.tile) for case in random if case.shown} == {2, 3}
+    assert {case.precision for case in random} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    assert len({(case.tile, case.kernel, case.grid) for case in random}) == len(random) == 9
 
 
 @each
