@@ -149,8 +149,8 @@ def for_video() -> Setting:
     and motion was not learnt in a few thousand steps: k-NN stayed near chance (single tries; see README.md).
     """
     stages = (
-        ConvStage(dim=32, depth=1, stride=(2, 2), kernel=(5, 5)),
-        ConvStage(dim=64, depth=1, stride=(4, 4), kernel=(5, 5)),
+        ConvStage(dim=32, depth=1, stride=(4, 4), kernel=(5, 5)),
+        ConvStage(dim=64, depth=1, stride=(2, 2), kernel=(5, 5)),
         AttentionStage(dim=96, depth=4, stride=(1, 1), heads=4),
     )
     image = ConvMAE().input(32).stages(*stages).decode(dim=64, depth=1, heads=4).predict(targets.pixels())
@@ -161,11 +161,11 @@ def for_video() -> Setting:
         train=train,
         test=replace(train, split="val").as_test(),
         per_class=10,
-        pretrain_epochs=40,
+        pretrain_epochs=80,
         contrast_epochs=36,
         pretrain_batch=32,
         pretrain_lr=1.6e-2,
-        finetune_epochs=120,
+        finetune_epochs=240,
         finetune_lr=4e-3,
         layer_decay=1.0,
         drop_path=0.0,
