@@ -400,14 +400,15 @@ def encoder_of(state: State, prefix: str) -> State:
     return {prefix + name: tensor for name, tensor in under(state, "backbone.").items()}
 
 
-def test_every_size_is_inferred_from_shapes(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_size_is_inferred_from_shapes(recorded: Recorded, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     model = load(recorded.state)
     stage = AttentionStage(dim=48, depth=2, stride=(4, 4), heads=4, mlp_ratio=2.0, hybrid=False)
     mae = MAE().input(32).stages(stage).mask(masking.block(0.65, 2)).decode(dim=32, depth=2, heads=4)
     expected = CMAE(mae=mae).decode_features(dim=32, depth=1, heads=4).project(hidden=64, dim=16)
     assert model.builder == expected
     assert not model.training
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     assert f"used {len(recorded.state)} tensors of {len(recorded.state)} in the file: " in said
     assert "missing, left as initialised: none\nunexpected, not used: none\n" in said
 
@@ -431,11 +432,12 @@ def test_loading_leaves_the_source_and_the_random_state_alone(recorded: Recorded
 
 @pytest.mark.parametrize("prefix", ["backbone.", "", "module.backbone."])
 def test_the_encoder_alone_gives_a_plain_model_with_a_fresh_decoder(
-    recorded: Recorded, prefix: str, capsys: pytest.CaptureFixture[str]
+    recorded: Recorded, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     encoder = encoder_of(recorded.state, prefix)
     model = official_cmae.load(encoder, heads=4)
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     whole = load(recorded.state)
     assert type(model) is MaskedAutoencoder
     assert model.builder.decoder == Decoder(dim=512, depth=8, heads=16)
@@ -488,9 +490,10 @@ def test_a_file_with_a_part_missing_is_refused(recorded: Recorded, part: str) ->
         load({name: tensor for name, tensor in recorded.state.items() if not name.startswith(part)})
 
 
-def test_unexpected_names_are_named(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_names_are_named(recorded: Recorded, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     load({**recorded.state, "stranger.weight": torch.zeros(3)})
-    assert "unexpected, not used: stranger.weight\n" in capsys.readouterr().out
+    assert "unexpected, not used: stranger.weight" in caplog.messages
 
 
 def test_other_models_are_refused_with_how_they_begin(recorded: Recorded) -> None:
@@ -561,6 +564,7 @@ def test_positions_are_resized_for_another_input_size(recorded: Recorded) -> Non
 
 
 def test_the_one_way_in_knows_them(recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "convmae")
     path = tmp_path / "cmae.pth"
     torch.save({"meta": {}, "state_dict": recorded.state}, path)
     with caplog.at_level(logging.INFO, "convmae"):
