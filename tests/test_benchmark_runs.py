@@ -56,7 +56,9 @@ def test_runs_of_a_seed_can_begin_and_differ_only_in_what_is_compared(kind: str,
         run.check()
     same = {"checkpoint": None, "layer_decay": 1.0, "drop_path": 0.0, "folder": scratch.folder}
     assert replace(tuned, **same) == scratch  # type: ignore[arg-type]
-    assert transfer.finetuning(setting, 0, tmp_path, 1, None, 5).epochs == 5 * scratch.epochs
+    longer = transfer.finetuning(setting, 0, tmp_path, 1, tmp_path / "pretrained-0", 5)
+    assert longer.epochs == 5 * scratch.epochs
+    assert len({run.folder for run in (before, tuned, scratch, longer)}) == 4
     assert isinstance(cmae.model, CMAE)
     assert cmae.model.mae == plain.model == before.model
     assert replace(cmae, model=plain.model, data=plain.data, folder=plain.folder) == plain
@@ -84,7 +86,7 @@ def test_the_table_and_the_picture_of_transfer(tmp_path: Path) -> None:
     tests = [{"epoch": 1.0, "top1": 0.2}, {"epoch": 2.0, "top1": 0.3}]
     found = [
         {
-            "top1": dict(zip(transfer.ROWS, (first, 0.4, 0.45), strict=True)),
+            "top1": dict(zip(transfer.ROWS, (first, 0.4, 0.45, 0.55), strict=True)),
             "probes": probes(0.5, 0.6),
             "tests": dict.fromkeys(transfer.ROWS, tests),
             "times": times,
@@ -93,7 +95,7 @@ def test_the_table_and_the_picture_of_transfer(tmp_path: Path) -> None:
     ]
     rows = transfer.table(found).splitlines()
     assert rows[2] == "| pretrained, finetuned | 55.0 ± 7.1 | 50.0, 60.0 |"
-    assert rows[5:7] == [
+    assert rows[6:8] == [
         "| knn at its start | 25.0 ± 0.0 | 25.0, 25.0 |",
         "| knn at its end | 50.0 ± 0.0 | 50.0, 50.0 |",
     ]
