@@ -42,13 +42,22 @@ def over_channels(layer: nn.Module, x: Tensor) -> Tensor:
     return out.movedim(-1, 1)
 
 
-def run_block(block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
-    """`x (B, C, *cells)`, visible `(B, 1, *cells)`, 1 = shown `-> (B, C, *cells)`."""
+def run_block(block: nn.Module, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    """`x (B, C, *cells)`, visible `(B, 1, *cells)`, 1 = shown, None: all `-> (B, C, *cells)`."""
     assert isinstance(block, ConvolutionBlock)
     mixed = convolve(over_channels(block.norm1, x), block.into)
-    x = x + convolve(convolve(visible * mixed, block.depthwise), block.out)
+    x = x + convolve(convolve(mixed if visible is None else visible * mixed, block.depthwise), block.out)
     hidden = F.gelu(convolve(over_channels(block.norm2, x), block.mlp[0]))
     return x + convolve(hidden, block.mlp[2])
+
+
+def embed(stage: nn.Module, x: Tensor) -> Tensor:
+    """An attention stage's tokens before its blocks, with positions: `(B, C, *cells) -> (B, *grid, D)`."""
+    assert isinstance(stage, AttentionStage)
+    assert stage.class_token is None
+    embedded = over_channels(stage.norm, convolve(x, stage.embedding))
+    out: Tensor = stage.linear(stage.activation(embedded).movedim(1, -1)) + stage.positions
+    return out
 
 
 def shown_tokens(x: Tensor, shown: Shown) -> Tensor:
@@ -93,10 +102,7 @@ class DenseMasked(nn.Module):
     def attend(self, stage: nn.Module, x: Tensor, shown: Shown) -> Tensor:
         """The attention stage: embedded densely, then of the shown tokens only; `(B, C, *cells) -> (B, V, D)`."""
         assert isinstance(stage, AttentionStage)
-        assert stage.class_token is None
-        embedded = over_channels(stage.norm, convolve(x, stage.embedding))
-        x = stage.linear(stage.activation(embedded).movedim(1, -1)) + stage.positions
-        tokens = shown_tokens(x.movedim(-1, 1), shown)
+        tokens = shown_tokens(embed(stage, x).movedim(-1, 1), shown)
         for block in stage.blocks:
             tokens = block(tokens)
         return tokens

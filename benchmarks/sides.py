@@ -16,14 +16,13 @@ from typing import Any, Literal
 import hiera
 import torch
 import torch.nn.functional as F
-from dense_masked import DenseMasked, convolve, disagreement, over_channels
+from dense_masked import DenseMasked, convolve, disagreement, embed, over_channels, run_block
 from torch import Tensor, nn
 
 from convmae import CMAE, MAE, ConvMAE, ConvStage, masking
 from convmae.builders import AttentionStage, Decoder, Stage
 from convmae.nn.classifier import Classifier
 from convmae.nn.contrast import ContrastiveMaskedAutoencoder
-from convmae.nn.layers import ConvolutionBlock
 from convmae.nn.masked_autoencoder import MaskedAutoencoder
 from convmae.nn.trunk import AttentionStage as AttentionStageModule
 from convmae.nn.trunk import ConvolutionStage
@@ -95,14 +94,9 @@ class DenseClassifier(nn.Module):
             embedded = over_channels(stage.norm, convolve(x, stage.embedding))
             x = F.gelu(embedded).contiguous(memory_format=self.layout)
             for block in stage.blocks:
-                assert isinstance(block, ConvolutionBlock)
-                mixed = convolve(over_channels(block.norm1, x), block.into)
-                x = x + convolve(convolve(mixed, block.depthwise), block.out)
-                x = x + convolve(F.gelu(convolve(over_channels(block.norm2, x), block.mlp[0])), block.mlp[2])
+                x = run_block(block, x)
         assert isinstance(attention, AttentionStageModule)
-        embedded = over_channels(attention.norm, convolve(x, attention.embedding))
-        cells = attention.linear(attention.activation(embedded).movedim(1, -1)) + attention.positions
-        tokens = cells.flatten(1, -2)
+        tokens = embed(attention, x).flatten(1, -2)
         for block in attention.blocks:
             tokens = block(tokens)
         pooled: Tensor = self.model.norm(tokens.mean(1))

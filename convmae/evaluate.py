@@ -100,13 +100,13 @@ def _viewed(data: Any, clips: int | None, crops: int | None) -> Any:
     return replace(data, views=replace(data.views, **wanted))
 
 
-def _classifier(task: Evaluate) -> Classifier:
+def _classifier(checkpoint: Path, *, average: bool) -> Classifier:
     try:
-        model = weights.load(task.checkpoint or "", average=task.average)
+        model = weights.load(checkpoint, average=average)
     except FileNotFoundError as missing:  # which would come again, however often a job is queued
-        raise ValueError(f"--checkpoint {task.checkpoint}: {missing}") from missing
+        raise ValueError(f"--checkpoint {checkpoint}: {missing}") from missing
     if not isinstance(model, Classifier):
-        raise ValueError(f"{task.checkpoint} is no classifier, but a {type(model).__name__}: finetune it first")
+        raise ValueError(f"{checkpoint} is no classifier, but a {type(model).__name__}: finetune it first")
     return model
 
 
@@ -122,7 +122,7 @@ def test(task: Evaluate) -> bool:
     watchdog = Watchdog(task.hang_minutes, lambda error: record_failure(task.folder, error, step=None))
     with console_log() as console, watchdog, join(task.device, minutes=task.hang_minutes) as world:
         try:
-            model = _classifier(task)
+            model = _classifier(task.checkpoint, average=task.average)
             source = world.tell(task.source)
             samples = world.tell(lambda: source.open(model.trunk.size))
             model.to(world.device)
