@@ -30,7 +30,7 @@ from .command import flag
 from .evaluate import Evaluate
 from .finetune import Finetune
 from .job import LAUNCHER, Job, carry_out
-from .location import has_root, located, whole
+from .location import has_root, located, same, whole
 from .place import PATIENT, LaunchError, Place, closest, count_tasks, logs, made_ready, require_gpus, say, suited
 from .run import Run, Task
 from .run_folder import kept_in
@@ -274,6 +274,10 @@ def _with_data(run: Run, given: str | None, test: str | None) -> Run:
         tested, origin = _at(whole(run.test), test, f"--test {test}"), ""
     else:
         tested = _at(run.test, where, flag) if has_root(run.test) else run.test
+        if where is not None and same(data, tested):
+            raise LaunchError(
+                f"{flag}: the run would be tested on what it is trained on; say where to test with --test"
+            )
     say("test", _told(tested, origin))
     return replace(run, test=tested)
 

@@ -51,6 +51,12 @@ def located(source: S, where: str | Path | None) -> S:
     return _replaced(whole(source) if root.is_file() else source, root=root)
 
 
+def same(one: object, other: object) -> bool:
+    """Whether two sources hold the same samples: whether they are equal when seen as in a test, in one view."""
+    first, second = (any_.as_test() if hasattr(any_, "as_test") else any_ for any_ in (one, other))
+    return bool(first == second)
+
+
 def whole(source: S) -> S:
     """The source without the part of its root that it takes, where it can do without."""
     if "split" not in _fields(source) and "source" in _fields(source):

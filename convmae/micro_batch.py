@@ -25,7 +25,6 @@ from .nn.contrast import ContrastiveMaskedAutoencoder
 from .nn.layers import recompute
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import adamw, parameter_groups
-from .place import LaunchError
 from .run import Pretrain, autocast
 from .training import compile_step
 
@@ -317,10 +316,7 @@ def _say(trial: Trial) -> None:
 
 
 def _find(options: _Options) -> int:
-    try:
-        given = find_recipe(options.recipe)[0]
-    except LaunchError as problem:
-        raise ValueError(str(problem)) from problem
+    given = find_recipe(options.recipe)[0]
     if not isinstance(given, Pretrain):
         raise ValueError(f"--recipe {options.recipe} is a {type(given).__name__}: give one that pretrains")
     run = options.changed(given)

@@ -24,7 +24,7 @@ Where processes share CPUs, spinning cost 18 times the work.
 """
 
 
-class LaunchError(Exception):
+class LaunchError(ValueError):
     """What was asked for cannot be done; the message says what was given, what there is, and what to change."""
 
 

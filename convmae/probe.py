@@ -32,6 +32,7 @@ from .evaluation import at_rest
 from .files import write_whole
 from .images import ImageFolder
 from .lars import LARS
+from .location import located, same, whole
 from .nn.layers import ATTENTION_EPS
 from .nn.masked_autoencoder import MaskedAutoencoder
 from .optimisation import learning_rate
@@ -477,8 +478,9 @@ class Options:
 
     Args:
         model: a run's folder, or a file that convmae.weights.load reads.
-        data: a folder with train/ and val/, of classes each; the demo set without one.
+        data: a folder with train/ and val/, of classes each, or a list of videos; the demo set without one.
         test: the samples for tests, where they are elsewhere.
+        recipe: module:function of a finetuning recipe, on whose sets to probe; data and test say where they are.
         kinds: knn, linear, attentive.
         per_class: so many training samples of each class. (default: all)
         neighbours: of knn.
@@ -494,6 +496,7 @@ class Options:
     model: Path
     data: Path | None = None
     test: Path | None = None
+    recipe: str | None = None
     kinds: tuple[Kind, ...] = ("knn", "linear")
     per_class: int | None = None
     neighbours: int = 20
@@ -506,8 +509,30 @@ class Options:
     json: Path | None = None
 
 
+def _placed(options: Options, train: Source, test: Source) -> tuple[Source, Source]:
+    """Those samples, or a recipe's, at the places that the options name."""
+    if options.recipe is not None:
+        from .launch import find_recipe
+
+        task: Any = find_recipe(options.recipe)[0]
+        if getattr(task, "data", None) is None or getattr(task, "test", None) is None:
+            raise ValueError(f"--recipe {options.recipe} does not say what to train and test on: give a finetuning one")
+        train, test = task.data, task.test
+    if options.data is not None:
+        train, test = located(train, options.data), test if options.test else located(test, options.data)
+        if options.test is None and same(train, test):
+            raise ValueError(f"--data {options.data} has no part for tests: say where they are with --test")
+    if options.test is not None:
+        test = located(whole(test), options.test)
+    return train, test
+
+
 def carry_out(options: Options, train: Source, test: Source, *, axes: int, other: str) -> int:
-    """Probe the model of the options on these sources, and print what it gave."""
+    """Probe the model of the options on these samples, unless it says others, and print what it gave.
+
+    Raises ValueError where there is no such model or recipe, or the samples cannot be had.
+    """
+    train, test = _placed(options, train, test)
     model = weights.load_taking(axes, options, other=other)
     if options.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -540,11 +565,8 @@ def carry_out(options: Options, train: Source, test: Source, *, axes: int, other
 
 
 def _probe(options: Options) -> int:
-    data = ImageFolder(root=None if options.data is None else options.data.absolute(), split="train")
-    test = replace(data, split="val")
-    if options.test is not None:
-        test = replace(data, root=options.test.absolute(), split=None)
-    return carry_out(options, data, test, axes=2, other="video.probe")
+    data = ImageFolder(split="train")
+    return carry_out(options, data, replace(data, split="val"), axes=2, other="video.probe")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,9 +53,13 @@ FLOORS: list[set[str]] = [
     {"convmae.micro_batch"},
 ]
 
-LATE = {("convmae.training", "convmae.journal"), ("convmae.weights", "convmae.hub")}
-"""Arrows that point up, inside a function: the loop takes up its journal when a run with one begins; and how the hub's
-form is read is known there."""
+LATE = {
+    ("convmae.training", "convmae.journal"),
+    ("convmae.weights", "convmae.hub"),
+    ("convmae.probe", "convmae.launch"),
+}
+"""Arrows that point up, inside a function: the loop takes up its journal when a run with one begins; how the hub's form
+is read is known there; and the command that probes reads recipes as the launchers do."""
 
 HEAVY = ("decord", "submitit", "matplotlib", "torchvision", "transformers", "tensorboard", "av", "pytorchvideo")
 

@@ -19,6 +19,7 @@ from convmae import checkpoint, launch
 from convmae.evaluate import Evaluate
 from convmae.finetune import Finetune
 from convmae.images import ImageFolder
+from video.videos import Videos
 
 __all__ = ["desk", "lab", "says"]
 
@@ -440,6 +441,19 @@ def test_a_test_s_own_place_is_taken_whole(desk: Path, says: Says) -> None:
     assert isinstance(run.test, ImageFolder)
     assert run.test == replace(run.test, root=desk / "judge", split=None)
     assert f"test     {desk}/judge\n" in out
+
+
+def test_a_list_is_not_trained_and_tested_on_at_once(desk: Path, says: Says) -> None:
+    for name in ("learn.txt", "judge.txt"):
+        (desk / name).write_text("a.mp4 0\nb.mp4 1\n")
+    words = ("--recipe", "video.recipes:demo_finetune", "--data", "learn.txt")
+    code, _, err = says(*words)
+    assert code == 2
+    assert "--data learn.txt: the run would be tested on what it is trained on; say where to test with --test" in err
+    run, _ = asked(says, *words, "--test", "judge.txt")
+    assert isinstance(run, Finetune)
+    assert isinstance(run.test, Videos)
+    assert run.test == replace(run.test, root=desk / "judge.txt", split=None)
 
 
 def test_a_checkpoint_must_be_there_unless_a_job_is_to_make_it(desk: Path, says: Says) -> None:

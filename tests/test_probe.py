@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from runs import TinyRun, several, tiny
 from timm.optim.lars import Lars
 from torch import nn
 
-from convmae import probe
+from convmae import checkpoint, demo, probe
 from convmae.data import Sample, Samples, UnusableFileError, generator
 from convmae.distributed import World
 from convmae.files import lines
@@ -23,6 +23,9 @@ from convmae.lars import LARS
 from convmae.probe import Embedded, Few, Probe, Probing, accuracy, attentive, embed, knn, linear
 from convmae.targets import normalize
 from convmae.training import fit
+from video import VideoConvMAE
+from video import demo as video_demo
+from video import probe as video_probe
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -294,3 +297,45 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(out.read_text())["linear_top1"] > 0
     assert probe.main([str(tmp_path / "nowhere")]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+
+
+def figures(main: Callable[[Sequence[str]], int], model: Path, *flags: str) -> dict[str, float]:
+    """What a command found, by k-NN, on one sample of each class."""
+    out = model / "figures.json"
+    assert main([str(model), *flags, "--kinds", "knn", "--per-class", "1", "--workers", "0", "--json", str(out)]) == 0
+    found: dict[str, float] = json.loads(out.read_text())
+    del found["options"]
+    return found
+
+
+def refusal(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """Why a command would not."""
+    assert main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_command_probes_on_the_sets_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "last.pt", tiny().build())
+    recipe = ("--recipe", "convmae.recipes:demo_finetune")
+    assert figures(probe.main, tmp_path, *recipe) == figures(probe.main, tmp_path)
+    there = ("--data", str(demo.make()), "--test", str(demo.make() / "train"))
+    found = figures(probe.main, tmp_path, *recipe, *there)
+    assert found == figures(probe.main, tmp_path, *there) != figures(probe.main, tmp_path)
+    told = refusal(probe.main, capsys, tmp_path, "--recipe", "convmae.recipes:demo")
+    assert "--recipe convmae.recipes:demo does not say what to train and test on" in told
+    assert "Did you mean" in refusal(probe.main, capsys, tmp_path, "--recipe", "convmae.recipes:demo_finetun")
+
+
+def test_the_command_probes_on_lists_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "last.pt", VideoConvMAE.inflate(tiny(), frames=4).build())
+    clips = video_demo.make()
+    for split in ("train", "val"):
+        found = sorted((clips / split).glob("*/000.mp4"))
+        assert len(found) == 8
+        (tmp_path / f"{split}.txt").write_text("".join(f"{path} {path.parent.name}\n" for path in found))
+    train, val = (str(tmp_path / f"{split}.txt") for split in ("train", "val"))
+    assert figures(video_probe.main, tmp_path, "--data", train, "--test", val)["unusable"] == 0
+    told = refusal(video_probe.main, capsys, tmp_path, "--data", train)
+    assert f"--data {train} has no part for tests: say where they are with --test" in told
+    told = refusal(video_probe.main, capsys, tmp_path, "--recipe", "video.recipes:ssv2_finetune", "--stride", "2")
+    assert "with --recipe, its sets choose the frames" in told

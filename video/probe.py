@@ -2,6 +2,8 @@
 
 python -m video.probe runs/demo                                  # on the demo set
 python -m video.probe runs/kinetics_pretrain --data /data/kinetics400 --kinds knn attentive
+python -m video.probe runs/ssv2_pretrain --recipe video.recipes:ssv2_finetune --data /data/ssv2
+python -m video.probe runs/mine --data train.csv --test test.csv
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from video.videos import Videos
 
 @dataclass(frozen=True, kw_only=True)
 class _Options(probe.Options):
-    __doc__ = f"{probe.Options.__doc__}    stride: frames that a clip advances at a time.\n    "
+    __doc__ = (
+        f"{probe.Options.__doc__}    stride: frames a clip advances at a time. (default: the recipe's, or 4)\n    "
+    )
 
-    stride: int = 4
+    stride: int | None = None
 
 
 def _probe(options: _Options) -> int:
-    root = None if options.data is None else options.data.absolute()
-    data = Videos(root=root, split="train", sampling=Dense(stride=options.stride))
-    test = replace(data, split="val")
-    if options.test is not None:
-        test = replace(data, root=options.test.absolute(), split=None)
-    return probe.carry_out(options, data, test, axes=3, other="convmae.probe")
+    if options.recipe is not None and options.stride is not None:
+        raise ValueError("--stride is for folders and lists: with --recipe, its sets choose the frames")
+    train = Videos(split="train", sampling=Dense(stride=4 if options.stride is None else options.stride))
+    return probe.carry_out(options, train, replace(train, split="val"), axes=3, other="convmae.probe")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
