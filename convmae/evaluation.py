@@ -42,6 +42,19 @@ EVERY = 30.0
 """Seconds between two lines that say how far a test is, where there is no terminal."""
 
 
+# ---- what a test looks at --------------------------------------------------------------------------------------------
+
+
+def tested(source: Any) -> Any:
+    """A source as a test looks at it: `as_test()` of one that draws samples at random; others are as they should be."""
+    return source.as_test() if getattr(source, "draws", False) else source
+
+
+def glanced(source: Any) -> Any:
+    """A source as a quick test looks at it: one view of each sample, in which nothing is drawn."""
+    return source.as_test() if getattr(source, "views", None) is not None else tested(source)
+
+
 # ---- what a test has found -------------------------------------------------------------------------------------------
 
 
@@ -429,6 +442,8 @@ def _named(samples: Samples, classes: int, names: Sequence[str]) -> tuple[str, .
     if names and len(names) != classes:
         raise ValueError(f"there are {len(names)} names of classes={classes}")
     theirs: tuple[str, ...] = tuple(getattr(samples, "classes", ()))
+    if renumbered(names, theirs):
+        raise ValueError(_differing(names, theirs))
     numbered = tuple(map(str, range(classes)))
     if theirs == numbered[: len(theirs)]:  # none, or numbers
         return tuple(names) or numbered
@@ -437,6 +452,13 @@ def _named(samples: Samples, classes: int, names: Sequence[str]) -> tuple[str, .
     if len(theirs) > classes:
         raise ValueError(f"the data have {len(theirs)} classes, but classes={classes}")
     return theirs if len(theirs) == classes else tuple(names) or (*theirs, *numbered[len(theirs) :])
+
+
+def renumbered(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether names that are all numbers stand for other classes: folders 0, 1, 10, 2 as against a list's 0, 1, 2."""
+    if not all(name.isdecimal() for name in (*names, *others)):
+        return False
+    return any(int(name) != int(other) for name, other in zip(names, others, strict=False))
 
 
 def _differing(names: Sequence[str], theirs: Sequence[str]) -> str:

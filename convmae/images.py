@@ -149,6 +149,11 @@ class Stills:
         if len(size) != 2:
             raise ValueError(f"{type(self).__name__} loads (H, W) pixels, but the model's input is {size}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything of a sample is drawn at random, as in training."""
+        return self.flip or bool(self.augment) or isinstance(self.crop, RandomResizedCrop)
+
     def as_test(self) -> Self:
         """The same images as a test looks at them: the centre, and nothing is drawn."""
         return replace(self, crop=CentreCrop(), flip=False, augment=())

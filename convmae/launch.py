@@ -305,7 +305,8 @@ def _told(source: Any, origin: str) -> str:
 def _tested_at(task: Task, given: str | None) -> Task:
     """A test with the data of --data or $CONVMAE_DATA, or those that it has, or that its checkpoint's run tests on."""
     assert isinstance(task, Evaluate)
-    where = given if given is not None else os.environ.get(DATA) or None
+    variable = os.environ.get(DATA) if task.data else None  # a checkpoint's run knows what it tests on
+    where = given if given is not None else variable or None
     if where is None:
         say("data", _told(task.data, ", from the recipe") if task.data else "those that the checkpoint's run tests on")
         return task

@@ -51,10 +51,21 @@ def located(source: S, where: str | Path | None) -> S:
     return _replaced(whole(source) if root.is_file() else source, root=root)
 
 
+SEEN = frozenset({"sampling", "crop", "flip", "augment", "repeats", "reader", "views", "manifest"})
+"""Fields of sources that say how samples are seen, and not which."""
+
+
 def same(one: object, other: object) -> bool:
-    """Whether two sources hold the same samples: whether they are equal when seen as in a test, in one view."""
-    first, second = (any_.as_test() if hasattr(any_, "as_test") else any_ for any_ in (one, other))
-    return bool(first == second)
+    """Whether two sources hold the same samples, however they are seen: all of one list, or of one part of a place."""
+    return bool(_which(one) == _which(other))
+
+
+def _which(source: Any) -> object:
+    root = getattr(source, "root", None)
+    if root is not None and "://" not in str(root) and Path(root).is_file():
+        return Path(root)
+    fields = {name: getattr(source, name) for name in _fields(source) if name not in SEEN}
+    return (type(source), fields) if fields else source
 
 
 def whole(source: S) -> S:

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from . import command, weights
 from .data import UNLABELLED, Samples, Source, StartMethod, Stream, generator, repeats, usable_cpus
 from .distributed import World
-from .evaluation import at_rest
+from .evaluation import at_rest, glanced, renumbered
 from .files import write_whole
 from .images import ImageFolder
 from .lars import LARS
@@ -397,10 +397,11 @@ class Probing:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.probe, self.every, self.model, self.world = probe, probe.every, model, world
-        sources = [source.as_test() if hasattr(source, "as_test") else source for source in (probe.train, probe.test)]
+        sources = [glanced(source) for source in (probe.train, probe.test)]
         train, test = (world.tell(partial(source.open, size)) for source in sources)
         names = [tuple(getattr(samples, "classes", ())) for samples in (train, test)]
-        if all(names) and names[0] != names[1] and not all(name.isdigit() for name in names[0] + names[1]):
+        numbers = all(name.isdecimal() for name in (*names[0], *names[1]))
+        if renumbered(*names) or (all(names) and names[0] != names[1] and not numbers):
             raise ValueError(f"the probe's classes differ: {', '.join(names[0][:5])}...; {', '.join(names[1][:5])}...")
         self.samples = (train if probe.per_class is None else Few(train, probe.per_class, probe.seed), test)
         self.loading: dict[str, Any] = {

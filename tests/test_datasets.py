@@ -101,10 +101,41 @@ def test_a_csv_that_is_not_there_or_no_text_is_said(tmp_path: Path) -> None:
 def test_the_folder_above_a_root_that_is_not_there_is_not_taken_for_it(
     tmp_path: Path, kind: type[Kinetics | SomethingSomething | UCF101 | HMDB51]
 ) -> None:
-    touch(tmp_path, "train/run/a.mp4", "list.csv")
-    for root in (tmp_path / "gone", tmp_path / "list.csv", None):
+    touch(tmp_path, "train/run/a.mp4")
+    for root in (tmp_path / "gone", None):
         with pytest.raises(ValueError, match="root is not a folder with the data set"):
             kind(root=root).listing()
+
+
+@pytest.mark.parametrize("kind", [Kinetics, SomethingSomething, UCF101, HMDB51])
+def test_a_list_stands_in_for_the_layout_of_a_set(
+    tmp_path: Path, kind: type[Kinetics | SomethingSomething | UCF101 | HMDB51]
+) -> None:
+    found = kind(root=write(tmp_path, "mine.csv", "a.mp4 1\nb.mp4 0\n")).listing()
+    assert (list(found.files), found.labels.tolist()) == (["a.mp4", "b.mp4"], [1, 0])
+
+
+def test_a_csv_of_kinetics_is_no_list_of_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names no files: it is for annotations="):
+        Kinetics(root=write(tmp_path, "k.csv", ROWS)).listing()
+
+
+@pytest.mark.parametrize("place", ["train", "mine"])
+def test_kinetics_takes_no_training_videos_for_those_of_another_split(tmp_path: Path, place: str) -> None:
+    touch(tmp_path, f"{place}/run/a.mp4")
+    assert len(Kinetics(root=tmp_path / place).listing().files) == 1  # what is there, to train on
+    assert len(Kinetics(root=tmp_path / place, split=None).listing().files) == 1
+    with pytest.raises(ValueError, match="holds no split='val', but no parts at all"):
+        Kinetics(root=tmp_path / place, split="val").listing()
+
+
+def test_a_test_on_kinetics_counts_the_videos_that_are_not_there(tmp_path: Path) -> None:
+    touch(tmp_path, "train/zumba dance/ddd.mkv")
+    source = Kinetics(root=tmp_path, annotations=write(tmp_path, "k.csv", ROWS))
+    assert len(source.listing().files) == 1
+    found = source.as_test().listing()
+    assert (len(found.files), found.labels.tolist()) == (3, [0, 1, 0])
+    assert [(tmp_path / name).is_file() for name in found.files] == [False, True, False]
 
 
 # --- Something-Something ----------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation, manifest
 from convmae.data import Sample, UnusableFileError, generator
 from convmae.distributed import World, join
-from convmae.evaluation import Scores, evaluate, write
+from convmae.evaluation import Scores, evaluate, glanced, tested, write
 from convmae.folder import Unusable
-from convmae.images import ImageFolder
+from convmae.images import CentreCrop, ImageFolder
 from convmae.listing import Names
 from convmae.targets import normalize
 from video import VideoConvMAE
@@ -302,6 +302,8 @@ def test_labels_that_no_listing_has_are_refused_when_they_come() -> None:
         ),
         (("a", "b", "d"), ("a", "b", "c"), "1 only there: c; 1 only here: d"),
         (("a", "c", "b"), ("a", "b", "c"), "the same ones, in another order"),
+        (("0", "1", "2"), ("0", "10", "2"), "1 only there: 10; 1 only here: 1"),  # folders, sorted as text
+        (("0", "10", "2"), ("0", "1", "2"), "1 only there: 1; 1 only here: 10"),
         (("a", "b", "c", "d"), (), "the data have 4 classes, but classes=3"),
         ((), ("a", "b"), "there are 2 names of classes=3"),
     ],
@@ -320,6 +322,7 @@ def test_classes_of_other_names_are_refused(theirs: tuple[str, ...], names: tupl
         (("0", "1"), ("a", "b", "c"), ("a", "b", "c")),  # a list numbers its classes, up to the last that it has
         (("a", "b", "c"), ("0", "1", "2"), ("a", "b", "c")),
         (("a", "b"), (), ("a", "b", "2")),
+        (("0", "1"), ("00", "01", "02"), ("00", "01", "02")),
         ((), (), ("0", "1", "2")),
     ],
 )
@@ -328,6 +331,20 @@ def test_classes_have_the_best_names_that_are_known(
 ) -> None:
     samples = Known((0, 1, 2), classes=theirs)
     assert scored(Lookup(torch.zeros(3, 1, 3)), samples, classes=3, names=names).classes == shown
+
+
+def test_a_test_draws_nothing_and_keeps_what_draws_nothing_already() -> None:
+    images = ImageFolder(root=Path("photos"))
+    assert tested(images) == glanced(images) == images.as_test()
+    whole = ImageFolder(root=Path("photos"), crop=CentreCrop(ratio=1), flip=False)
+    assert tested(whole) == glanced(whole) == whole
+    videos = Videos(root=Path("videos"), flip=True)
+    assert tested(videos) == glanced(videos) == videos.as_test()
+    views = videos.as_test(clips=5, crops=3)
+    assert tested(views) == views
+    assert glanced(views) == videos.as_test()
+    bare = Known((0, 1))
+    assert tested(bare) is glanced(bare) is bare
 
 
 def test_what_the_network_gives_is_looked_at() -> None:

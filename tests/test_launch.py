@@ -443,17 +443,19 @@ def test_a_test_s_own_place_is_taken_whole(desk: Path, says: Says) -> None:
     assert f"test     {desk}/judge\n" in out
 
 
-def test_a_list_is_not_trained_and_tested_on_at_once(desk: Path, says: Says) -> None:
+@pytest.mark.parametrize("recipe", ["demo", "kinetics", "ssv2", "ucf101"])
+def test_a_list_is_not_trained_and_tested_on_at_once(desk: Path, says: Says, recipe: str) -> None:
     for name in ("learn.txt", "judge.txt"):
         (desk / name).write_text("a.mp4 0\nb.mp4 1\n")
-    words = ("--recipe", "video.recipes:demo_finetune", "--data", "learn.txt")
+    words = ("--recipe", f"video.recipes:{recipe}_finetune", "--data", "learn.txt")
     code, _, err = says(*words)
     assert code == 2
     assert "--data learn.txt: the run would be tested on what it is trained on; say where to test with --test" in err
     run, _ = asked(says, *words, "--test", "judge.txt")
     assert isinstance(run, Finetune)
     assert isinstance(run.test, Videos)
-    assert run.test == replace(run.test, root=desk / "judge.txt", split=None)
+    assert list(run.test.listing().files) == ["a.mp4", "b.mp4"]
+    assert run.test.root == desk / "judge.txt"
 
 
 def test_a_checkpoint_must_be_there_unless_a_job_is_to_make_it(desk: Path, says: Says) -> None:
@@ -494,6 +496,10 @@ def test_a_test_takes_its_flags(desk: Path, says: Says) -> None:
     assert isinstance(task, Evaluate)
     assert (task.checkpoint, task.root, task.clips, task.crops) == (desk / "run", str(desk / "videos"), 10, None)
     assert f"data     {desk}/videos\n" in out
+    os.environ["CONVMAE_DATA"] = str(desk / "learnt")  # which need not be what the checkpoint's run tests on
+    task, _ = asked(says, "--recipe", "convmae.recipes:evaluate", "--checkpoint", "run")
+    assert isinstance(task, Evaluate)
+    assert task.root is None
     code, _, err = says("--recipe", "convmae.recipes:evaluate")
     assert code == 2
     assert "there is no classifier to test: give --checkpoint" in err

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from convmae.folder import SPLITS, part
 from convmae.images import IMAGE_SUFFIXES
 from convmae.listing import Listing
 from video.clips import Sampling, Segments
-from video.lists import VIDEO_SUFFIXES, complaint
+from video.lists import VIDEO_SUFFIXES, complaint, read_list
 from video.videos import Videos
 
 log = logging.getLogger(__name__)
@@ -29,34 +30,45 @@ class Kinetics(Videos):
     """Kinetics-400, 600 or 700: a split's folder of classes, or the official csv with the files that it names.
 
     Args:
-        split: the subfolder of `root` with its videos, if there is one of this name; and the csv's rows.
+        split: the subfolder of `root` with its videos, and the csv's rows; None: all of them. The videos of "train",
+            or of a csv's split, may lie in `root` itself.
         annotations: the csv of `label,youtube_id,time_start,time_end,split`; None: subfolders are the classes. A video
-            is `ID_000010_000020.mp4` or `ID.mp4`, of any suffix, in a folder of its class or not. Those that are not
-            there are counted and left out: no download of Kinetics is complete.
+            is `ID_000010_000020.mp4` or `ID.mp4`, of any suffix, in a folder of its class or not. No download of
+            Kinetics is complete: training leaves out those that are not there, a test counts them as unusable.
     """
 
-    split: str = "train"
+    split: str | None = "train"
     annotations: Path | None = None
 
     def listing(self) -> Listing:
-        """The videos and their classes; raises ValueError where there are none, or the csv cannot be read."""
+        """The videos and their classes, or those of a list; raises ValueError for none, or a csv that is wrong."""
+        if self.root is not None and self.root.is_file():
+            if _text(self.root).startswith("label,youtube_id,"):
+                raise ValueError(f"{self.root} names no files: it is for annotations=..., with their folder as root")
+            return read_list(self.root)
         base = _folder(self)
-        inside = self.split if (base / self.split).is_dir() else None
-        others = [] if inside or self.annotations else [name for name in SPLITS if (base / name).is_dir()]
-        if others:
-            raise ValueError(f"{base} holds no split={self.split!r}, but {', '.join(others)}")
+        inside = self.split if self.split and (base / self.split).is_dir() else None
+        if not (inside or self.annotations) and self.split is not None:
+            others = [name for name in SPLITS if (base / name).is_dir()]
+            elsewhere = base.name in SPLITS or self.split != "train"
+            if others or (base.name != self.split and elsewhere):
+                instead = ", ".join(others) or "no parts at all: split=None takes all of it"
+                raise ValueError(f"{base} holds no split={self.split!r}, but {instead}")
         found = part(base, inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
         if self.annotations is None:
             return found
         rows, classes = _kinetics_rows(self.annotations, self.split)
         place = {name: number for number, name in enumerate(classes)}
         there = {Path(name).stem: name for name in found.files}
-        pairs = [(there.get(cut) or there.get(whole), place[label]) for label, cut, whole in rows]
-        named = [(name, label) for name, label in pairs if name is not None]
-        if not named:
+        pairs = [(there.get(cut) or there.get(whole), cut, place[label]) for label, cut, whole in rows]
+        count = sum(name is not None for name, _, _ in pairs)
+        if not count:
             raise ValueError(f"of {len(rows)} videos of {self.annotations} none is below {base / (inside or '')}")
-        if len(named) < len(rows):
-            log.warning("%d of %d videos of %s are not there", len(rows) - len(named), len(rows), self.annotations)
+        if count < len(rows):
+            log.warning("%d of %d videos of %s are not there", len(rows) - count, len(rows), self.annotations)
+        counted = self.views is not None  # by a test, as unusable
+        lost = os.path.join(inside or "", "{}.mp4")
+        named = [(name or lost.format(cut), label) for name, cut, label in pairs if name or counted]
         return Listing.of([name for name, _ in named], [label for _, label in named], classes)
 
 
@@ -69,8 +81,8 @@ def _as_found(folder: Path, names: Sequence[str]) -> list[str]:
     return [str(Path(name).with_suffix(endings[0])) for name in names]
 
 
-def _kinetics_rows(path: Path, split: str) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Of each row of a split: its class, the name of the file cut by the official tool, and that of the whole.
+def _kinetics_rows(path: Path, split: str | None) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Of each row, of a split or of all: its class, the name of the file cut by the official tool, that of the whole.
 
     And the classes of all splits in the csv, sorted: so they have the same numbers in each.
     """
@@ -85,8 +97,8 @@ def _kinetics_rows(path: Path, split: str) -> tuple[list[tuple[str, str, str]], 
             wrong.append((number, ",".join(str(value) for value in row.values())))
             continue
         classes.add(row["label"])
-        splits.add(row.get("split") or split)
-        if row.get("split") in (None, "", split):
+        splits.add(row.get("split") or str(split))
+        if split is None or row.get("split") in (None, "", split):
             rows.append((row["label"], f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}", row["youtube_id"]))
     if wrong:
         raise ValueError(complaint(path, wrong, f"expected {','.join(wanted)}, times as whole seconds"))
@@ -97,7 +109,7 @@ def _kinetics_rows(path: Path, split: str) -> tuple[list[tuple[str, str, str]], 
 
 @dataclass(frozen=True, kw_only=True)
 class SomethingSomething(Videos):
-    """Something-Something V2: `ID.webm`, or folders of frames, in `20bn-something-something-v2/` or in `root` itself.
+    """Something-Something V2: `ID.webm`, or folders of frames, in `20bn-something-something-v2/`, `videos/` or `root`.
 
     Annotations are the json files of its download, `something-something-v2-train.json` or `labels/train.json` and so
     on. Clips are one frame of each of so many segments, as usual for it, and never flipped.
@@ -115,7 +127,9 @@ class SomethingSomething(Videos):
             raise ValueError("SomethingSomething(flip=True): left and right tell its classes apart")
 
     def listing(self) -> Listing:
-        """The videos of the split and their classes, of which the test split has none."""
+        """The videos of the split and their classes, of which the test split has none; or those of a list."""
+        if self.root is not None and self.root.is_file():
+            return read_list(self.root)
         base = _folder(self)
         rows = self._json(self.split)
         places = self._json("labels") if self.split != "test" else {}
@@ -135,7 +149,7 @@ class SomethingSomething(Videos):
         if wrong:
             expected = "expected entries with an id, and a template that is among the labels; counted from the first"
             raise ValueError(complaint(self._annotation(self.split), wrong, expected))
-        inside = _first(base, ("20bn-something-something-v2", ""))
+        inside = _first(base, ("20bn-something-something-v2", "videos", ""))
         suffix = "" if (inside / str(rows[0]["id"])).is_dir() else ".webm"
         names = _as_found(inside, [f"{row['id']}{suffix}" for row in rows])
         return Listing.of([str((inside / name).relative_to(base)) for name in names], labels, classes)
@@ -163,7 +177,9 @@ class UCF101(Videos):
     train: bool = True
 
     def listing(self) -> Listing:
-        """The videos of the split and their classes."""
+        """The videos of the split and their classes; or those of a list."""
+        if self.root is not None and self.root.is_file():
+            return read_list(self.root)
         base = _folder(self)
         lists = _first(base, ("ucfTrainTestlist", "annotations", ""))
         path = lists / f"{'train' if self.train else 'test'}list{self.split:02}.txt"
@@ -189,7 +205,9 @@ class HMDB51(Videos):
     train: bool = True
 
     def listing(self) -> Listing:
-        """The videos of the split and their classes."""
+        """The videos of the split and their classes; or those of a list."""
+        if self.root is not None and self.root.is_file():
+            return read_list(self.root)
         base, ending = _folder(self), f"_test_split{self.split}.txt"
         folder = _first(base, ("testTrainMulti_7030_splits", "splits", "annotations", ""))
         lists = sorted(folder.glob(f"*{ending}"))

@@ -1,7 +1,7 @@
 """Probes of a video model's frozen features: `convmae.probe`, on clips.
 
 python -m video.probe runs/demo                                  # on the demo set
-python -m video.probe runs/kinetics_pretrain --data /data/kinetics400 --kinds knn attentive
+python -m video.probe runs/kinetics_pretrain --data /data/kinetics400 --stride 4
 python -m video.probe runs/ssv2_pretrain --recipe video.recipes:ssv2_finetune --data /data/ssv2
 python -m video.probe runs/mine --data train.csv --test test.csv
 """

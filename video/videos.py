@@ -54,6 +54,11 @@ class Clips:
         """Clips that each video gives."""
         return self.repeats if self.views is None else len(self.views)
 
+    @property
+    def draws(self) -> bool:
+        """Whether clips are drawn at random, as in training."""
+        return self.views is None
+
     def as_test(self, clips: int = 1, crops: Literal[1, 3] = 1) -> Self:
         """The same videos as a test looks at them: so many clips of each, in so many crops, and nothing is drawn.
 
