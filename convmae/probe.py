@@ -97,13 +97,8 @@ def embed(
     if repeats(samples) != 1:
         raise ValueError(f"a probe looks at one view of each sample, these give {repeats(samples)}: as_test()")
     trunk: Any = model.get_submodule("trunk")
-    needed = 2 * len(samples) * trunk.length * trunk.dims[-1]
-    if tokens and needed > MOST_BYTES:
-        raise ValueError(
-            f"the attentive probe would keep {needed / 2**30:.1f} GiB of tokens of {len(samples)} samples; at most "
-            f"{MOST_BYTES >> 30} are kept, those of {MOST_BYTES * len(samples) // needed}. Probe on fewer (--per-class "
-            "for training; for tests, --test with a part of them), or with --kinds knn linear"
-        )
+    if tokens:
+        _affordable(trunk, samples)
     stream = Stream(samples, size, 0, world.size * batch_size, rank=world.rank, world=world.size, once=True)
     sharded = isinstance(model, FSDPModule)
     features = model.features if isinstance(model, MaskedAutoencoder) else trunk  # the first knows of sharding
@@ -140,6 +135,17 @@ def embed(
         torch.tensor([label for part in parts for label in part[1]], dtype=torch.long)[order],
         lost,
     )
+
+
+def _affordable(trunk: Any, samples: Samples) -> None:
+    """Refuse to keep more tokens than memory is for."""
+    needed = 2 * len(samples) * trunk.length * trunk.dims[-1]
+    if needed > MOST_BYTES:
+        raise ValueError(
+            f"the attentive probe would keep {needed / 2**30:.1f} GiB of tokens of {len(samples)} samples; at most "
+            f"{MOST_BYTES >> 30} are kept, those of {MOST_BYTES * len(samples) // needed}. Probe on fewer (--per-class "
+            "for training; for tests, --test with a part of them), or with --kinds knn linear"
+        )
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
@@ -404,6 +410,9 @@ class Probing:
         if renumbered(*names) or (all(names) and names[0] != names[1] and not numbers):
             raise ValueError(f"the probe's classes differ: {', '.join(names[0][:5])}...; {', '.join(names[1][:5])}...")
         self.samples = (train if probe.per_class is None else Few(train, probe.per_class, probe.seed), test)
+        if "attentive" in probe.kinds:  # said before any is looked at
+            for samples in self.samples:
+                _affordable(model.get_submodule("trunk"), samples)
         self.loading: dict[str, Any] = {
             "size": size,
             "world": world,

@@ -209,6 +209,10 @@ def test_tokens_that_would_not_fit_are_refused_with_their_size(monkeypatch: pyte
     monkeypatch.setattr(probe, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"would keep .* GiB of tokens.*--per-class"):
         embed(a_model(), Shades().open((32, 32)), size=(32, 32), world=ALONE, batch_size=4, tokens=True)
+    wanted = Probe(train=Shades(count=3), test=Shades(count=900), kinds=("attentive",))
+    monkeypatch.setattr(probe, "MOST_BYTES", 100_000)
+    with pytest.raises(ValueError, match="of 900 samples"):  # and not after all others were looked at
+        Probing(wanted, a_model(), size=(32, 32), world=ALONE)
 
 
 def test_where_nothing_can_be_loaded_it_says_so() -> None:
