@@ -13,7 +13,7 @@ from rich.console import Console
 from . import weights
 from .data import Source, usable_cpus
 from .distributed import join
-from .evaluation import SHOWN, Scores, evaluate, tested, write
+from .evaluation import SHOWN, Scores, as_tested, evaluate, write
 from .files import write_whole
 from .journal import console_log
 from .location import located
@@ -86,7 +86,7 @@ class Evaluate(Task):
                 "returns Evaluate(data=..., folder=...), with --recipe"
             )
         placed = data if self.root is None else located(data, self.root)
-        found: Source = _viewed(tested(placed), self.clips, self.crops)
+        found: Source = _viewed(as_tested(placed), self.clips, self.crops)
         return found
 
 

@@ -45,14 +45,14 @@ EVERY = 30.0
 # ---- what a test looks at --------------------------------------------------------------------------------------------
 
 
-def tested(source: Any) -> Any:
+def as_tested(source: Any) -> Any:
     """A source as a test looks at it: `as_test()` of one that draws samples at random; others are as they should be."""
     return source.as_test() if getattr(source, "draws", False) else source
 
 
 def glanced(source: Any) -> Any:
     """A source as a quick test looks at it: one view of each sample, in which nothing is drawn."""
-    return source.as_test() if getattr(source, "views", None) is not None else tested(source)
+    return source.as_test() if getattr(source, "views", None) is not None else as_tested(source)
 
 
 # ---- what a test has found -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .builders import MAE, Classifier, owner_of
 from .checkpoint import load_weights
 from .data import Samples, Source
 from .distributed import World
-from .evaluation import check, evaluate, glanced, tested, write
+from .evaluation import as_tested, check, evaluate, glanced, write
 from .learners import Classification, Examination, Learner
 from .nn.classifier import Pooling
 from .plain import from_plain
@@ -176,7 +176,7 @@ class _Test:
     ) -> None:
         self.run, self.learner, self.world, self.beat = run, learner, world, beat
         self.every = run.test_every
-        sources = (glanced(test), tested(test))
+        sources = (glanced(test), as_tested(test))
         self.quick, self.whole = (world.tell(partial(one.open, run.model.size)) for one in sources)
         for samples in (self.quick, self.whole):
             check(samples, learner.classes, learner.model.builder.names)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from convmae import AttentionStage, ConvMAE, ConvStage, confusion, evaluation, manifest
 from convmae.data import Sample, UnusableFileError, generator
 from convmae.distributed import World, join
-from convmae.evaluation import Scores, evaluate, glanced, tested, write
+from convmae.evaluation import Scores, as_tested, evaluate, glanced, write
 from convmae.folder import Unusable
 from convmae.images import CentreCrop, ImageFolder
 from convmae.listing import Names
@@ -335,16 +335,16 @@ def test_classes_have_the_best_names_that_are_known(
 
 def test_a_test_draws_nothing_and_keeps_what_draws_nothing_already() -> None:
     images = ImageFolder(root=Path("photos"))
-    assert tested(images) == glanced(images) == images.as_test()
+    assert as_tested(images) == glanced(images) == images.as_test()
     whole = ImageFolder(root=Path("photos"), crop=CentreCrop(ratio=1), flip=False)
-    assert tested(whole) == glanced(whole) == whole
+    assert as_tested(whole) == glanced(whole) == whole
     videos = Videos(root=Path("videos"), flip=True)
-    assert tested(videos) == glanced(videos) == videos.as_test()
+    assert as_tested(videos) == glanced(videos) == videos.as_test()
     views = videos.as_test(clips=5, crops=3)
-    assert tested(views) == views
+    assert as_tested(views) == views
     assert glanced(views) == videos.as_test()
     bare = Known((0, 1))
-    assert tested(bare) is glanced(bare) is bare
+    assert as_tested(bare) is glanced(bare) is bare
 
 
 def test_what_the_network_gives_is_looked_at() -> None:
