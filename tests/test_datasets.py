@@ -85,8 +85,9 @@ def test_classes_have_the_same_numbers_in_every_split_of_a_csv(tmp_path: Path) -
 
 def test_kinetics_does_not_take_its_splits_for_classes(tmp_path: Path) -> None:
     touch(tmp_path, "val/swim/a.mp4", "train/run/b.mp4")
-    with pytest.raises(ValueError, match="holds no split='validate', but train, val"):
-        Kinetics(root=tmp_path, split="validate").listing()
+    for split in ("validate", None):
+        with pytest.raises(ValueError, match=f"holds no split={split!r}, but train, val"):
+            Kinetics(root=tmp_path, split=split).listing()
 
 
 def test_a_csv_that_is_not_there_or_no_text_is_said(tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ class Kinetics(Videos):
             return read_list(self.root)
         base = _folder(self)
         inside = self.split if self.split and (base / self.split).is_dir() else None
-        if not (inside or self.annotations) and self.split is not None:
+        if not (inside or self.annotations):
             others = [name for name in SPLITS if (base / name).is_dir()]
-            elsewhere = base.name in SPLITS or self.split != "train"
-            if others or (base.name != self.split and elsewhere):
+            whole = self.split in (None, base.name) or (self.split == "train" and base.name not in SPLITS)
+            if others or not whole:
                 instead = ", ".join(others) or "no parts at all: split=None takes all of it"
                 raise ValueError(f"{base} holds no split={self.split!r}, but {instead}")
         found = part(base, inside, VIDEO_SUFFIXES, frames=IMAGE_SUFFIXES)
