@@ -116,6 +116,14 @@ def test_a_list_stands_in_for_the_layout_of_a_set(
     assert (list(found.files), found.labels.tolist()) == (["a.mp4", "b.mp4"], [1, 0])
 
 
+def test_a_set_of_which_nothing_is_there_is_refused(tmp_path: Path) -> None:
+    source = UCF101(root=write(tmp_path, "mine.csv", "".join(f"{number}.mp4 1\n" for number in range(30))))
+    with pytest.raises(ValueError, match=r"UCF101: of its first 20 videos none is there, such as .*/0\.mp4"):
+        source.open((2, 16, 16))
+    touch(tmp_path, "19.mp4")
+    assert len(source.open((2, 16, 16))) == 30  # what else is lost is counted
+
+
 def test_a_csv_of_kinetics_is_no_list_of_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names no files: it is for annotations="):
         Kinetics(root=write(tmp_path, "k.csv", ROWS)).listing()

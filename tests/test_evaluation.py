@@ -279,6 +279,7 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_loaded(tmp_pa
     with pytest.raises(ValueError, match=r"labels from 0 to 1.*classes=2; not so: .*4\.png \(no label\)$"):
         scored(nn.Identity(), loose, classes=2)
     (tmp_path / "list.csv").write_text("".join(f"{number}.mp4\n" for number in range(9)))
+    (tmp_path / "0.mp4").touch()  # one is there, and never opened
     listed = Videos(root=tmp_path / "list.csv").as_test().open((2, 2, 2))
     with pytest.raises(ValueError, match=r"not so: .*/0\.mp4 \(no label\), .* and 4 more$"):
         scored(nn.Identity(), listed, classes=2)

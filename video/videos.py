@@ -23,6 +23,9 @@ from video.demo import make
 from video.lists import VIDEO_SUFFIXES
 from video.readers.protocol import RefusedError
 
+LOOKED_FOR = 20
+"""Of so many videos of a listing one must be there: a wrong place is not found out by an epoch of failures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
@@ -209,11 +212,16 @@ class Videos(Clips):
     def open(self, size: tuple[int, ...]) -> VideoSamples:
         """List the videos, to be loaded as clips of `size`, `(T, H, W)` frames and pixels.
 
-        Raises ValueError where `size` has not three axes, there is no video, a list or the manifest cannot be read, or
-        the demonstration set cannot be written.
+        Raises ValueError where `size` has not three axes, there is no video, none of the first ones is there, a list or
+        the manifest cannot be read, or the demonstration set cannot be written.
         """
         self.check(size)
         found = self.listing()
+        first = [self.base / name for name in found.files[:LOOKED_FOR]]
+        if not any(path.exists() for path in first):
+            raise ValueError(
+                f"{type(self).__name__}: of its first {len(first)} videos none is there, such as {first[0]}"
+            )
         entries = folder.entries(self.root, found.files, self.manifest)
         known = folder.without_unusable(found, entries, self.base)
         intact = [(0, 0) if entry is None else entry.intact for entry in known.entries]
