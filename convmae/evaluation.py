@@ -51,8 +51,12 @@ def as_tested(source: Any) -> Any:
 
 
 def glanced(source: Any) -> Any:
-    """A source as a quick test looks at it: one view of each sample, in which nothing is drawn."""
-    return source.as_test() if getattr(source, "views", None) is not None else as_tested(source)
+    """A source as a quick test looks at it: one view of each sample, in which nothing is drawn.
+
+    That is `as_test()`, where there is one, but of a source that says itself that it draws nothing, and has no views.
+    """
+    ready = not getattr(source, "draws", True) and getattr(source, "views", None) is None
+    return source if ready or not hasattr(source, "as_test") else source.as_test()
 
 
 # ---- what a test has found -------------------------------------------------------------------------------------------

@@ -334,6 +334,13 @@ def test_classes_have_the_best_names_that_are_known(
     assert scored(Lookup(torch.zeros(3, 1, 3)), samples, classes=3, names=names).classes == shown
 
 
+class Own:
+    """A source of somebody's own, that knows how a test looks at it and nothing else."""
+
+    def as_test(self) -> str:
+        return "in one view"
+
+
 def test_a_test_draws_nothing_and_keeps_what_draws_nothing_already() -> None:
     images = ImageFolder(root=Path("photos"))
     assert as_tested(images) == glanced(images) == images.as_test()
@@ -346,6 +353,9 @@ def test_a_test_draws_nothing_and_keeps_what_draws_nothing_already() -> None:
     assert glanced(views) == videos.as_test()
     bare = Known((0, 1))
     assert as_tested(bare) is glanced(bare) is bare
+    own = Own()
+    assert as_tested(own) is own  # it may be a test of many views already
+    assert glanced(own) == "in one view"
 
 
 def test_what_the_network_gives_is_looked_at() -> None:

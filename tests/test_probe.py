@@ -15,7 +15,7 @@ from runs import TinyRun, several, tiny
 from timm.optim.lars import Lars
 from torch import nn
 
-from convmae import checkpoint, demo, probe
+from convmae import checkpoint, demo, probe, recipes
 from convmae.data import Sample, Samples, UnusableFileError, generator
 from convmae.distributed import World
 from convmae.files import lines
@@ -318,8 +318,19 @@ def refusal(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[
     return capsys.readouterr().err
 
 
-def test_the_command_probes_on_the_sets_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint.save(tmp_path / "last.pt", tiny().build())
+def test_the_command_probes_on_the_sets_of_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny().build()
+    checkpoint.save(tmp_path / "last.pt", model)
+    given = recipes.demo_finetune()
+    assert given.test is not None
+    turned = replace(given, data=given.test, test=given.data)
+    monkeypatch.setattr(recipes, "turned", lambda: turned, raising=False)
+    wanted = Probe(train=given.test, test=given.data, kinds=("knn",), per_class=1)
+    assert figures(probe.main, tmp_path, "--recipe", "convmae.recipes:turned") == pytest.approx(
+        Probing(wanted, model, size=(32, 32), world=ALONE).take()
+    )
     recipe = ("--recipe", "convmae.recipes:demo_finetune")
     assert figures(probe.main, tmp_path, *recipe) == figures(probe.main, tmp_path)
     there = ("--data", str(demo.make()), "--test", str(demo.make() / "train"))
